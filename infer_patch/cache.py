@@ -1,0 +1,362 @@
+"""Cache layers that may hold any subset of the tokens, and what transformers needs to know about them.
+
+transformers is told logical lengths only: `get_seq_length`, `get_mask_sizes` and positions are those of an unpatched
+run. Physically the rows of a layer are an ordinary left-padded batch: per sample some filler rows, then the tokens it
+still holds, oldest first. New tokens are appended, so physical order is always logical order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from infer_patch.availability import crop_is_relative
+from infer_patch.errors import UnsupportedCallError
+from infer_patch.tokens import INVALID, Reduction, Tokens
+
+_GRANULE = 64  # buffers grow in multiples of one attention block, so that blocks can be read as a view
+
+
+@dataclass
+class KeyView:
+    """The rows that one `update` handed to attention.
+
+    Parameters
+    ----------
+    rows : int
+        n, the number of key rows.
+    start : tuple of int, optional
+        Per sample the first row that holds a token, because rows were dropped; None when every row is the token of
+        the same number (padding is then told by the attention mask).
+    positions : int64 Tensor [B, n], optional
+        Logical index of each row, `INVALID` in filler rows; None as for `start`.
+    evicted : tuple of int
+        Per sample the tokens evicted between the sinks and the rest.
+    """
+
+    rows: int
+    start: tuple[int, ...] | None = None
+    positions: Tensor | None = None
+    evicted: tuple[int, ...] = ()
+
+
+class IndexedLayer(CacheLayerMixin):
+    """A layer of keys and values [B, H_kv, n, D] that knows which tokens its rows are.
+
+    Buffers are allocated ahead in growing steps: a decode step writes one row and copies nothing.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, **kwargs: Any):
+        super().__init__()
+        self.made_by: Any = None  # the method runtime that keeps its tokens here, if one does
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.length = 0  # logical
+        self.rows = 0  # physical
+        self.start: tuple[int, ...] | None = None
+        self.state: dict[Any, Any] = {}  # what a method remembers about these keys; dropped when rows move
+        self.view = KeyView(0)
+        self._coming: tuple[Tokens, Reduction | None] | None = None
+        self._positions: Tensor | None = None  # of the first rows; the rows after them are the newest tokens, in order
+        self._buffers: list[Tensor] = []
+
+    # What attention needs
+
+    def expect(self, tokens: Tokens, reduction: Reduction | None) -> None:
+        """Say which tokens the next `update` brings (the engine does, before the layer runs)."""
+        self._coming = (tokens, reduction)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens; return those of all tokens to attend to, [B, H_kv, n, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        (tokens, reduction), self._coming = self._coming or (None, None), None
+        if reduction is None:
+            new_length = key_states.shape[-2]
+        else:
+            new_length = reduction.length
+            repack = self._track(tokens, reduction)
+        self._append(key_states, value_states)
+        self.length += new_length
+        if reduction is not None and repack:
+            self._pack(self._positions < INVALID)
+        self.view = KeyView(self.rows, self.start, self.positions())
+        return self.keys, self.values
+
+    def positions(self) -> Tensor | None:
+        """Logical index of every row, int64 [B, n]; None while row r is simply token r."""
+        if self._positions is None:
+            return None
+        tail = self.rows - self._positions.shape[1]
+        if tail == 0:
+            return self._positions
+        newest = torch.arange(self.length - tail, self.length, device=self._positions.device)
+        return torch.cat([self._positions, newest.expand(self._positions.shape[0], -1)], 1)
+
+    def _track(self, tokens: Tokens, reduction: Reduction) -> bool:
+        """Note the positions of a reduced set of rows about to be appended; whether fillers must move left."""
+        coming = reduction.positions(self.length)
+        self.state = {}
+        if self.rows == 0:
+            self._positions, self.start = coming, reduction.start
+            return False
+        held = self._held_positions(coming.shape[0], tokens)
+        self._positions = torch.cat([held.to(coming.device), coming], 1)
+        if any(reduction.start) or any(self.start or ()) or tokens.mask is not None:
+            return True
+        self.start = (0,) * coming.shape[0]
+        return False
+
+    def _held_positions(self, batch: int, tokens: Tokens) -> Tensor:
+        held = self.positions()
+        if held is None:
+            held = torch.arange(self.rows, device=tokens.device).expand(batch, -1)
+            if tokens.mask is not None:
+                held = held.masked_fill(~tokens.mask[:, : self.rows], INVALID)
+        return held
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        if torch.is_grad_enabled() and keys.requires_grad:  # writing into a buffer would break autograd
+            self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            self._buffers, self.rows = [], self.keys.shape[2]
+            return
+        total = self.rows + keys.shape[2]
+        if not self._buffers or self._buffers[0].shape[2] < total + _GRANULE:
+            self._buffers = [_grown(held, total) for held in (self.keys, self.values)]
+        for buffer, new in zip(self._buffers, (keys, values)):
+            buffer[:, :, self.rows : total] = new
+        self.rows = total
+        self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)
+
+    def _pack(self, keep: Tensor) -> None:
+        """Keep only the rows marked in bool [B, n]; samples that keep fewer get filler rows on the left."""
+        reduction = Reduction.of(keep)
+        positions = self.positions()
+        if positions is None:
+            positions = torch.arange(self.rows, device=keep.device).expand(keep.shape[0], -1)
+        self._positions = positions.gather(1, reduction.index)
+        if reduction.filled is not None:
+            self._positions = self._positions.masked_fill(~reduction.filled, INVALID)
+        index = reduction.index[:, None, :, None].to(self.device)
+        held = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.keys, self.values)]
+        self.start, self.rows, self.state, self._buffers = reduction.start, reduction.rows, {}, []
+        self.keys, self.values = held
+
+    # What transformers needs
+
+    def get_seq_length(self) -> int:
+        """Logical length: every token seen, whether its row is still here or not."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """(logical key length, 0); transformers 5.2 passes the positions instead of their number."""
+        return self.length + (query_length if isinstance(query_length, int) else query_length.shape[0]), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 5.2
+
+    def crop(self, tokens: int) -> None:
+        """Take back the newest tokens, in the sign convention of the installed transformers.
+
+        Raises
+        ------
+        UnsupportedCallError
+            When tokens would have to come back that were dropped or evicted.
+        """
+        if crop_is_relative():
+            if tokens > 0:
+                raise UnsupportedCallError(f"crop takes the number of tokens to remove as a negative, got {tokens}.")
+            remove = -tokens
+        else:
+            remove = max(self.length - tokens, 0) if tokens > 0 else min(-tokens, self.length)
+            if tokens == 0:
+                remove = self.length
+        if remove == 0 or not self.is_initialized:
+            return
+        if remove >= self.length:
+            self.reset()
+            return
+        self._check_crop(remove)
+        self.rows -= remove
+        self.length -= remove
+        if self._positions is not None:
+            self._positions = self._positions[:, : self.rows]
+        self.state = {}
+        self.keys, self.values = self.keys[:, :, : self.rows], self.values[:, :, : self.rows]
+
+    def _check_crop(self, remove: int) -> None:
+        positions = self.positions()
+        if positions is None:
+            return
+        newest = torch.arange(self.length - remove, self.length, device=positions.device)
+        if remove >= self.rows or not bool((positions[:, -remove:] == newest).all()):
+            raise UnsupportedCallError(
+                f"the last {remove} tokens cannot be taken back: some of them were dropped by the patch. "
+                "Start again from the prompt, or take the patch off for this conversation."
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(torch.arange(self.keys.shape[0])[indices.cpu()] if self.is_initialized else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._take(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def _take(self, index: Tensor) -> None:
+        """Let sample i become the old sample index[i]."""
+        if not self.is_initialized or self.rows == 0:
+            return
+        index = index.to(self.device)
+        if self._buffers:
+            self._buffers = [buffer.index_select(0, index) for buffer in self._buffers]
+            self.keys, self.values = (buffer[:, :, : self.rows] for buffer in self._buffers)
+        else:
+            self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        if self._positions is not None:
+            self._positions = self._positions.index_select(0, index.to(self._positions.device))
+        self._take_host(index.tolist())
+        self.state = {}
+
+    def _take_host(self, index: list[int]) -> None:
+        if self.start is not None:
+            self.start = tuple(self.start[i] for i in index)
+
+    def offload(self) -> None:
+        raise UnsupportedCallError("offloaded caches cannot be patched; leave `cache_implementation` at its default.")
+
+    prefetch = offload
+
+    # What reports need
+
+    def nbytes(self) -> int:
+        """Bytes of the rows held (not of the space allocated ahead)."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values)) if self.is_initialized else 0
+
+    @classmethod
+    def sees(cls, layer: CacheLayerMixin) -> bool:
+        """Whether `adopt` can take over from this layer."""
+        return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+    def adopt(self, layer: CacheLayerMixin, tokens: Tokens) -> None:
+        """Take over the keys and values of one of transformers' own dynamic layers."""
+        if not layer.is_initialized or layer.get_seq_length() == 0:
+            return
+        self.lazy_initialization(layer.keys, layer.values)
+        self._append(layer.keys, layer.values)
+        self.length = layer.get_seq_length()
+        if self.rows < self.length:  # a sliding-window layer has let go of its older rows
+            newest = torch.arange(self.length - self.rows, self.length, device=self.device)
+            self._positions = newest.expand(layer.keys.shape[0], -1).contiguous()
+            self.start = (0,) * layer.keys.shape[0]
+            if tokens.mask is not None:
+                valid = tokens.mask[:, self.length - self.rows : self.length].to(self.device)
+                self._positions = self._positions.masked_fill(~valid, INVALID)
+                self._pack(valid)
+
+
+class WindowedLayer(IndexedLayer):
+    """Keeps the first tokens (sinks) and a recent window; evicts what lies between, in whole blocks.
+
+    Parameters
+    ----------
+    sinks, window : int
+        Tokens kept at the start and at the end. Both reach out to block borders.
+    block : int
+        Eviction granule; blocks are counted from each sample's first real token.
+    margin : int
+        Blocks kept beyond the window, so that a rejected draft (assisted decoding) can be taken back.
+    """
+
+    def __init__(self, sinks: int, window: int, block: int = 64, margin: int = 1):
+        self.sinks, self.window, self.block, self.margin = -(-sinks // block) * block, window, block, margin
+        super().__init__()
+
+    def reset(self) -> None:
+        super().reset()
+        self.evicted: tuple[int, ...] = ()
+        self._recording = False
+
+    def activate_past_recording(self) -> None:
+        """Hold back eviction (transformers calls this before decoding that may roll back)."""
+        self._recording = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        tokens = self._coming[0] if self._coming else None
+        keys, values = super().update(key_states, value_states)
+        batch = keys.shape[0]
+        if self.start is None:
+            self.start = self._first_rows(batch, tokens)
+        self.evicted = self.evicted or (0,) * batch
+        self.view.start, self.view.evicted = self.start, self.evicted
+        self._evict()
+        return keys, values
+
+    def _first_rows(self, batch: int, tokens: Tokens | None) -> tuple[int, ...]:
+        if tokens is None or tokens.bounds is None:
+            return (0,) * batch
+        if tokens.has_holes or any(stop != self.length for _, stop in tokens.bounds):
+            raise UnsupportedCallError("eviction needs prompts padded on the left; this batch is padded elsewhere.")
+        return tuple(first for first, _ in tokens.bounds)
+
+    def _evict(self) -> None:
+        """Drop the blocks that no later query can see, once there are enough of them to be worth a copy."""
+        surplus = []
+        for start, evicted in zip(self.start, self.evicted):
+            seen = self.rows - start + evicted
+            oldest = (seen // self.block * self.block - self.window + 1) // self.block - self.margin
+            surplus.append(max(0, oldest * self.block - self.sinks - evicted))
+        if self._recording or max(surplus) < max(self.block, self.window // 4):
+            return
+        row = torch.arange(self.rows, device=self.device)
+        first = torch.tensor(self.start, device=self.device)[:, None]
+        gap = torch.tensor(surplus, device=self.device)[:, None]
+        keep = (row >= first) & ((row < first + self.sinks) | (row >= first + self.sinks + gap))
+        self._pack(keep)
+        self.evicted = tuple(e + s for e, s in zip(self.evicted, surplus))
+
+    def _take_host(self, index: list[int]) -> None:
+        super()._take_host(index)
+        self.evicted = tuple(self.evicted[i] for i in index)
+
+
+def cache_bytes(cache: Cache | None) -> int:
+    """Bytes of all keys and values a cache holds, whatever its layers are."""
+    total = 0
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, IndexedLayer):
+            total += layer.nbytes()
+        else:
+            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+            total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    return total
+
+
+def _grown(held: Tensor, rows: int) -> Tensor:
+    """A zeroed buffer with room to grow that starts with `held` (zeroed: blocks may be read past the last row)."""
+    capacity = -(-(rows + max(rows // 4, 4 * _GRANULE)) // _GRANULE) * _GRANULE
+    buffer = held.new_zeros(held.shape[0], held.shape[1], capacity, held.shape[3])
+    buffer[:, :, : held.shape[2]] = held
+    return buffer

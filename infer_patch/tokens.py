@@ -1,0 +1,196 @@
+"""Tokens of one forward call: logical indices, validity, image spans, and reductions to a subset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INVALID = 2**30  # position of a padding slot: later than every query, so never visible
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known about the T new tokens of one forward call.
+
+    Parameters
+    ----------
+    batch, length : int
+        B and T of this call.
+    past : int
+        Logical tokens already in the cache: new token t has the logical index past + t.
+    mask : bool Tensor [B, past + T], optional
+        True where a token is real; None when nothing is padded.
+    image : int64 Tensor [B, T], optional
+        For each new token the number of its picture within the sample (0, 1, ...), -1 for text. None when the call
+        brings no visual tokens.
+    shared : dict
+        Scratch space that lives as long as the call: masks, lists and scores that several layers use.
+    """
+
+    batch: int
+    length: int
+    past: int
+    mask: Tensor | None
+    image: Tensor | None
+    device: torch.device
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]] | None:
+        """First and one-past-last real token of each sample, None without padding. Copies two numbers a row to the
+        host, once per call."""
+        if self.mask is None:
+            return None
+        total = self.mask.shape[1]
+        first = self.mask.int().argmax(1)
+        stop = total - self.mask.flip(1).int().argmax(1)
+        if bool((self.mask.sum(1) == 0).any()):
+            return [(0, 0) if not bool(row.any()) else (int(f), int(s)) for row, f, s in zip(self.mask, first, stop)]
+        return [(int(f), int(s)) for f, s in torch.stack([first, stop], 1).tolist()]
+
+    @cached_property
+    def has_holes(self) -> bool:
+        """Whether padding stands between real tokens of a sample."""
+        if self.mask is None or self.bounds is None:
+            return False
+        lengths = torch.tensor([stop - first for first, stop in self.bounds], device=self.mask.device)
+        return bool((self.mask.sum(1) != lengths).any())
+
+    @property
+    def is_new(self) -> Tensor | None:
+        """Validity of the new tokens, bool [B, T], or None when all are real."""
+        return None if self.mask is None else self.mask[:, self.past :]
+
+    @property
+    def last_index(self) -> Tensor:
+        """Index within the call of each sample's last real token, int64 [B]."""
+        if self.is_new is None:
+            return torch.full((self.batch,), self.length - 1, device=self.device)
+        return self.length - 1 - self.is_new.flip(1).int().argmax(1)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The subset of a call's tokens that is still on its way through the layers.
+
+    Rows keep their order. Samples with fewer survivors than the fullest one are filled up on the left with slots
+    that nothing can see, so the result looks like an ordinary left-padded batch.
+
+    Parameters
+    ----------
+    keep : bool Tensor [B, T]
+    index : int64 Tensor [B, m]
+        Which token of the call each row is (0 in a filler slot).
+    start : tuple of int
+        Number of filler slots of each sample.
+    length : int
+        T, the number of tokens before the reduction.
+    """
+
+    keep: Tensor
+    index: Tensor
+    start: tuple[int, ...]
+    length: int
+
+    @classmethod
+    def of(cls, keep: Tensor) -> Reduction:
+        """Build from bool [B, T]. Copies one count per sample to the host."""
+        batch, length = keep.shape
+        counts = keep.sum(1).tolist()
+        rows = max(max(counts), 1)
+        numbers = torch.arange(length, device=keep.device).expand(batch, -1)
+        index = torch.where(keep, numbers, -1).sort(dim=1).values[:, length - rows :]
+        return cls(keep, index.clamp(min=0), tuple(rows - c for c in counts), length)
+
+    @property
+    def rows(self) -> int:
+        return self.index.shape[1]
+
+    @cached_property
+    def filled(self) -> Tensor | None:
+        """bool [B, m], False in filler slots; None when there are none."""
+        if not any(self.start):
+            return None
+        slots = torch.arange(self.rows, device=self.index.device)
+        return slots >= torch.tensor(self.start, device=self.index.device)[:, None]
+
+    def positions(self, past: int) -> Tensor:
+        """Logical index of every row, int64 [B, m]; `INVALID` in filler slots."""
+        positions = self.index + past
+        return positions if self.filled is None else positions.masked_fill(~self.filled, INVALID)
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """Rows of x along `dim` (size T); the dimension before it is the batch (size B or 1)."""
+        dim = dim % x.ndim
+        index = self.index.to(x.device)
+        shape = [1] * x.ndim
+        shape[dim - 1], shape[dim] = index.shape
+        size = list(x.shape)
+        size[dim - 1], size[dim] = index.shape
+        expanded = list(x.shape)
+        expanded[dim - 1] = index.shape[0]
+        return x.expand(expanded).gather(dim, index.view(shape).expand(size))
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        """Row numbers of the survivors in the [B * T] list of all tokens."""
+        offsets = torch.arange(self.index.shape[0], device=self.index.device)[:, None] * self.length
+        flat = self.index + offsets
+        return flat.reshape(-1) if self.filled is None else flat[self.filled]
+
+    def scatter(self, full: Tensor, rows: Tensor, inplace: bool) -> Tensor:
+        """Put rows [B, m, d] back into full [B, T, d]; the other tokens keep what they hold."""
+        full = full.contiguous() if inplace else full.clone(memory_format=torch.contiguous_format)
+        survivors = rows.reshape(-1, rows.shape[-1]) if self.filled is None else rows[self.filled.to(rows.device)]
+        full.view(-1, full.shape[-1]).index_copy_(0, self._flat.to(full.device), survivors)
+        return full
+
+
+def image_numbers(is_visual: Tensor, model_inputs: dict[str, Any]) -> Tensor | None:
+    """Number the pictures of each sample: int64 [B, T], -1 for text; None when there is no visual token.
+
+    Two pictures may stand side by side with nothing between them, so runs of placeholders alone do not tell them
+    apart. Lengths come, in this order, from the grid sizes a call passes (Qwen-VL), from an even split of all
+    placeholders over the pictures passed (one size for all: LLaVA), else from the runs themselves.
+    """
+    if not bool(is_visual.any()):
+        return None
+    counts = is_visual.sum(1).tolist()
+    lengths = _image_lengths(model_inputs, sum(counts))
+    ordinal = is_visual.cumsum(1) - 1  # place of each visual token among those of its sample
+    if lengths is None:
+        starts = is_visual & ~torch.cat([torch.zeros_like(is_visual[:, :1]), is_visual[:, :-1]], 1)
+        number = starts.cumsum(1) - 1
+    else:
+        number = torch.zeros_like(ordinal)
+        remaining = list(lengths)
+        for row, count in enumerate(counts):
+            edge = 0
+            while edge < count and remaining:
+                edge += remaining.pop(0)
+                number[row] += (ordinal[row] >= edge).long()
+    return number.masked_fill(~is_visual, -1)
+
+
+def _image_lengths(inputs: dict[str, Any], total: int) -> list[int] | None:
+    """Visual tokens of each picture in batch order, or None when the call does not tell."""
+    for name in ("image_grid_thw", "video_grid_thw"):
+        grid = inputs.get(name)
+        if (
+            isinstance(grid, Tensor)
+            and inputs.get("pixel_values" if name[0] == "i" else "pixel_values_videos") is not None
+        ):
+            patches = grid.prod(-1).tolist()
+            merged, rest = divmod(sum(patches), total)  # patches that share one token (2 x 2 in Qwen-VL)
+            if rest == 0 and all(p % merged == 0 for p in patches):
+                return [p // merged for p in patches]
+            return None
+    pixels = inputs.get("pixel_values")
+    if isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[0] and total % pixels.shape[0] == 0:
+        if inputs.get("image_sizes") is None:  # tiles of one picture also count as pictures; runs are right there
+            return [total // pixels.shape[0]] * pixels.shape[0]
+    return None
