@@ -1,0 +1,143 @@
+"""Block envelopes: an upper bound on every score of a key block, and the choice of blocks from it.
+
+K+ and K- are the element-wise maximum and minimum over the keys of a score block. Then for every key of the block
+    q . k <= u(q, j) = max(q, 0) . K+_j + min(q, 0) . K-_j
+(Quest, arXiv 2406.10774). A query block scores a key block by the sum of softmax_j(u) over sampled rows and all query
+heads of the key head, and an attention block by the best score block in it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infer_patch.kernels.block_mask import BlockMask
+
+_SCORES_PER_CALL = 1 << 22
+
+
+def block_bounds(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(K-, K+) of the full and the last, ragged block: k [B, H_kv, S, D] -> two of [B, H_kv, ceil(S / block), D]."""
+    full = k.shape[2] // block
+    blocks = k[:, :, : full * block].unflatten(2, (full, block))
+    low, high = blocks.amin(3), blocks.amax(3)
+    if full * block < k.shape[2]:
+        rest = k[:, :, full * block :]
+        low = torch.cat([low, rest.amin(2, keepdim=True)], 2)
+        high = torch.cat([high, rest.amax(2, keepdim=True)], 2)
+    return low, high
+
+
+def upper_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """u(q, j): q [..., R, D] and bounds [..., n, D] -> [..., R, n]."""
+    return q.clamp(min=0) @ high.transpose(-1, -2) + q.clamp(max=0) @ low.transpose(-1, -2)
+
+
+def score_blocks(q: Tensor, low: Tensor, high: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Sum over rows of softmax_j(scale * u): the reference form, in fp32.
+
+    q [B, H_kv, n_q, R, D] (R sampled rows of a query block, all query heads of the key head), bounds
+    [B, H_kv, n, D], visible bool [n_q, n] -> [B, H_kv, n_q, n]; 0 where invisible.
+    """
+    bounds = upper_bounds(q.float(), low.float()[:, :, None], high.float()[:, :, None]) * scale
+    bounds = bounds.masked_fill(~visible[:, None], float("-inf"))
+    return bounds.softmax(-1).nan_to_num(0.0).sum(3)
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    *,
+    budget: int,
+    sinks: int,
+    window: int,
+    block: int = 64,
+    score_block: int = 16,
+    stride: int = 2,
+    scale: float | None = None,
+) -> BlockMask:
+    """The `budget` tokens' worth of key blocks that each query block reads, one list per key head.
+
+    Parameters
+    ----------
+    q, k : Tensor [B, H, T, D], [B, H_kv, S, D]
+    bounds : (K-, K+) of `k` in blocks of `score_block`, as `block_bounds` gives them.
+    budget, sinks, window : int
+        Tokens; the budget includes the always-listed sinks and window.
+    stride : int
+        Every stride-th row of a query block is scored, its last row always.
+
+    Returns
+    -------
+    BlockMask with M = H_kv and W = budget / block (or fewer when there are fewer keys).
+    """
+    batch, heads, queries, size = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    first, last = (keys - queries) // block, -(-keys // block)
+    scale = size**-0.5 if scale is None else scale
+    score = torch.cat(
+        [
+            _attention_block_scores(q, bounds, i, j, keys, stride, block, score_block, scale)
+            for i, j in _spans(first, last, queries, keys, block, batch * heads * block // stride)
+        ],
+        2,
+    )
+    row = torch.arange(first, last, device=q.device)[:, None]
+    column = torch.arange(last, device=q.device)
+    always = (column < -(-sinks // block)) | (column >= ((row * block - window + 1) // block).clamp(min=0))
+    score = score.masked_fill(always, float("inf")).masked_fill(column > row, float("-inf"))
+    width = min(budget // block, last)
+    best = score.topk(width, -1).indices
+    best = best.masked_fill(best > row, last).sort(-1).values
+    count = (row[:, 0] + 1).clamp(max=width).expand(batch, kv_heads, -1)
+    return BlockMask(best, count, block, block)
+
+
+def _spans(first: int, last: int, queries: int, keys: int, block: int, rows: int) -> list[tuple[int, int]]:
+    """Query blocks [i, j) scored together: whole blocks in stacks, a partial first and last block alone."""
+    head = first + 1 if (keys - queries) % block or last == first + 1 else first
+    tail = last - 1 if keys % block and last - 1 >= head else last
+    spans = [(first, head)] if head > first else []
+    i = head
+    while i < tail:
+        j = min(tail, i + max(1, _SCORES_PER_CALL * 16 // max(rows * (i + 1) * block, 1)))
+        spans.append((i, j))
+        i = j
+    return spans + ([(tail, last)] if tail < last else [])
+
+
+def _attention_block_scores(
+    q: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    i: int,
+    j: int,
+    keys: int,
+    stride: int,
+    block: int,
+    score_block: int,
+    scale: float,
+) -> Tensor:
+    """Scores of query blocks [i, j): [B, H_kv, j - i, ceil(S / block)]."""
+    batch, heads, queries, size = q.shape
+    low, high = bounds
+    kv_heads, past = low.shape[1], keys - queries
+    a, b = max(i * block, past), min(j * block, keys)
+    per = block // score_block
+    columns = -(-keys // block)
+    visible = (j - 1) * per  # score blocks wholly before the last of these query blocks
+    if visible == 0:
+        return q.new_zeros(batch, kv_heads, j - i, columns, dtype=torch.float32)
+    rows = q[:, :, a - past : b - past].unflatten(1, (kv_heads, heads // kv_heads))
+    rows = rows.unflatten(3, (j - i, -1)).transpose(2, 3)  # [B, H_kv, j - i, G, rows of a block, D]
+    rows = rows.flip(4)[..., ::stride, :].flatten(3, 4)
+    bound = upper_bounds(rows.flatten(2, 3), low[:, :, :visible], high[:, :, :visible])
+    bound = bound.unflatten(2, (j - i, -1)).float() * scale
+    if j - i > 1:
+        before = torch.arange(i, j, device=q.device)[:, None, None] * per > torch.arange(visible, device=q.device)
+        bound = bound.masked_fill(~before, float("-inf"))
+    mass = bound.softmax(-1)
+    if i == 0:
+        mass = mass.nan_to_num(0.0)  # the first query block has nothing before it
+    mass = mass.sum(3).unflatten(-1, (-1, per)).amax(-1)
+    return torch.nn.functional.pad(mass, (0, columns - mass.shape[-1]))
