@@ -1,0 +1,302 @@
+"""The engine: one per patched model. It walks the ports through each forward call.
+
+Per call: hooks on the modules from the patched model down to its text model collect the call's inputs and open a `Run`;
+hooks on decoder layers gather the rows that are still on their way and scatter the results back; attention modules call
+`attend`. Nothing of a call outlives it, except in the layers of its cache.
+
+Hidden states have their full length between layers at all times: a layer works on the surviving rows, and a token that
+was dropped keeps the state it left with. So shapes never change, whatever stands between the layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from infer_patch.attend import attend
+from infer_patch.attention import LazyMask, Port
+from infer_patch.cache import IndexedLayer, cache_bytes
+from infer_patch.errors import UnsupportedCallError
+from infer_patch.families import ModelParts
+from infer_patch.installation import Installation
+from infer_patch.method import Method, Runtime
+from infer_patch.plan import Plan
+from infer_patch.run import Run, ThreadState, padding_mask
+from infer_patch.stats import Stats
+from infer_patch.tokens import Reduction, Tokens, image_numbers
+
+_PER_TOKEN_ARGUMENTS = (
+    "hidden_states",
+    "position_ids",
+    "position_embeddings",
+    "attention_mask",
+    "cache_position",
+)
+
+
+class Engine:
+    """Everything one `patch` does to one model: `install` puts it on, `remove` takes it off."""
+
+    def __init__(self, parts: ModelParts, plan: Plan):
+        self.parts = parts
+        self.methods: list[tuple[Method, tuple[int, ...], Runtime]] = [
+            (method, layers, method.runtime(parts, layers)) for method, layers in plan.resolve(parts)
+        ]
+        self.stats = Stats(list(dict.fromkeys(m.name for m in plan)))
+        self.reducers = self._by_port("reduce")
+        self.selectors = {i: r for i, (r,) in self._by_port("select").items()}
+        self.calibrators = self._by_port("calibrate")
+        self.stores = {i: r for i, (r,) in self._by_port("store").items()}
+        self.observers: dict[int, list[Runtime]] = {}
+        for _, _, runtime in self.methods:
+            for layer in runtime.observes:
+                self.observers.setdefault(layer, []).append(runtime)
+        self.first_reduced = min(self.reducers, default=parts.num_layers)
+        self._thread = ThreadState()
+        self._installation = Installation(parts)
+        self._parameters = {m: list(inspect.signature(m.forward).parameters) for m in parts.path}
+
+    def _by_port(self, port: str) -> dict[int, list[Runtime]]:
+        served: dict[int, list[Runtime]] = {}
+        for method, layers, runtime in self.methods:
+            for layer in layers if port in method.active_ports() else ():
+                served.setdefault(layer, []).append(runtime)
+        return served
+
+    @property
+    def run(self) -> Run | None:
+        """The forward call this thread is in."""
+        return self._thread.run
+
+    def install(self) -> None:
+        """Put everything on the model, or, if something fails, nothing."""
+        installation = self._installation
+        try:
+            installation.swap_configs(lazy_masks=bool(self.methods))
+            installation.add_ports(self._port)
+            for module in self.parts.path if self.methods else ():
+                installation.add_hooks(module, self._enter, self._leave, always=True)
+            for number in range(self.first_reduced, self.parts.num_layers):
+                gather, scatter = _LayerHook(self, number, "_gather"), _LayerHook(self, number, "_scatter")
+                installation.add_hooks(self.parts.layers[number], gather, scatter)
+        except BaseException:
+            installation.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take everything off again. Calling it twice does nothing."""
+        self._installation.remove()
+
+    def _port(self, layer: int, implementation: str) -> Port:
+        served = (self.selectors, self.calibrators, self.observers, self.stores)
+        return Port(self, layer, implementation, layer >= self.first_reduced or any(layer in s for s in served))
+
+    def attend(self, port: Port, module: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
+        return attend(self, port, module, *args)
+
+    # A forward call
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        thread = self._thread
+        if module is self.parts.root or not thread.open:
+            thread.open, thread.inputs, thread.run = [], {}, None
+        thread.open.append(module)
+        given = dict(zip(self._parameters[module], args)) | kwargs
+        for name, value in given.items():
+            if value is not None:
+                thread.inputs.setdefault(name, value)
+        if module is not self.parts.text_model:
+            self._check_cache(given.get("past_key_values"))
+            return None
+        thread.run, cache = self._open_run(given, thread.inputs)
+        changed = {}
+        if cache is not None and cache is not given.get("past_key_values"):
+            changed["past_key_values"] = cache
+        if thread.run is not None and isinstance(given.get("attention_mask"), LazyMask):
+            # made by an outer model; the text model would take it for a tensor (PaliGemma), so it goes round it
+            thread.run.mask = given["attention_mask"]
+            changed["attention_mask"] = thread.inputs.get("attention_mask")
+        return (args, {**kwargs, **changed}) if changed else None
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        thread = self._thread
+        run = thread.run
+        if module in thread.open:
+            del thread.open[thread.open.index(module) :]
+        if module is self.parts.text_model and run is not None:
+            thread.run = None
+            self._close_run(run)
+            states = getattr(output, "hidden_states", None)
+            if states and run.layer_input is not None and states[0].shape != run.layer_input.shape:
+                output["hidden_states"] = (run.layer_input, *states[1:])
+        if not thread.open:
+            thread.inputs, thread.run = {}, None
+        return output
+
+    def _open_run(self, given: dict[str, Any], inputs: dict[str, Any]) -> tuple[Run | None, Cache | None]:
+        source = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        cache = given.get("past_key_values")
+        if source is None or source.shape[1] == 0:
+            return None, cache
+        training = torch.is_grad_enabled() and self.parts.text_model.training
+        if training and getattr(self.parts.text_model, "is_gradient_checkpointing", False):
+            raise UnsupportedCallError("gradient checkpointing re-runs layers out of order; switch it off, or unpatch.")
+        if inputs.get("output_attentions") or getattr(self.parts.text_config, "output_attentions", False):
+            raise UnsupportedCallError("a patched model cannot return attention weights (output_attentions=True).")
+        self._check_cache(cache)
+        batch, length = source.shape[:2]
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        tokens = Tokens(
+            batch=batch,
+            length=length,
+            past=past,
+            mask=padding_mask(inputs.get("attention_mask"), past + length, source.device),
+            image=self._images(inputs, batch, length) if self.reducers and length > 1 else None,
+            device=source.device,
+        )
+        use_cache = given.get("use_cache")
+        if cache is None and (self.parts.text_model.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.parts.text_model.config)
+        if cache is not None:
+            self._swap_layers(cache, tokens)
+        recorded = inputs.get("output_hidden_states") or getattr(self.parts.text_config, "output_hidden_states", False)
+        self.stats.call(tokens)
+        return Run(tokens, cache, bool(recorded) or torch.is_grad_enabled()), cache
+
+    def _close_run(self, run: Run) -> None:
+        self.stats.cache_bytes = cache_bytes(run.cache)
+        for i, runtime in self.stores.items() if run.cache is not None else ():
+            held = run.cache.layers[i]
+            self.stats.methods[runtime.config.name].stored[i] = (held.rows, held.length)
+
+    def _images(self, inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
+        ids = inputs.get("input_ids")
+        if ids is None or tuple(ids.shape) != (batch, length):
+            if any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
+                raise UnsupportedCallError(
+                    "visual tokens are told from text by their ids: pass input_ids (not inputs_embeds) with pictures."
+                )
+            return None
+        is_visual = torch.isin(ids, torch.tensor(self.parts.image_token_ids, device=ids.device))
+        return image_numbers(is_visual, inputs)
+
+    def _check_cache(self, cache: Any) -> None:
+        if cache is None:
+            return
+        if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
+            what = "an offloaded cache" if isinstance(cache, Cache) else type(cache).__name__
+        else:
+            strange = [x for x in cache.layers if not (isinstance(x, IndexedLayer) or IndexedLayer.sees(x))]
+            if not strange:
+                return
+            what = f"{type(cache).__name__} with layers of type {type(strange[0]).__name__}"
+        raise UnsupportedCallError(
+            f"{what} cannot be patched; expected a DynamicCache. Leave `past_key_values` and `cache_implementation` at "
+            "their defaults, or unpatch the model."
+        )
+
+    def _swap_layers(self, cache: Cache, tokens: Tokens) -> None:
+        """Replace the cache layers that methods need, in place; all or none."""
+        while len(cache.layers) < self.parts.num_layers:
+            cache.layers.append(DynamicLayer())
+        swaps = []
+        for i, held in enumerate(cache.layers):
+            store = self.stores.get(i)
+            wanted = i in self.selectors or (tokens.image is not None and i >= self.first_reduced)
+            if isinstance(held, IndexedLayer):
+                if store is None or held.made_by is store:
+                    continue
+                if held.rows == 0 or (type(held) is IndexedLayer and held.start is None):
+                    swaps.append((i, store.cache_layer(i)))
+                else:
+                    raise UnsupportedCallError("this cache was filled under another plan; start again from the prompt.")
+            elif store is not None or wanted:
+                swaps.append((i, store.cache_layer(i) if store is not None else IndexedLayer()))
+        for i, fresh in swaps:
+            fresh.made_by = self.stores.get(i)
+            fresh.adopt(cache.layers[i], tokens)
+        for i, fresh in swaps:
+            cache.layers[i] = fresh
+        for i in self.stores:
+            cache.layers[i].expect(tokens, None)
+
+    # Reduction
+
+    def _gather(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a layer: drop what reducers drop here, and hand on only the surviving rows."""
+        run = self._thread.run
+        if run is None or run.tokens.image is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            run.layer_input = hidden
+        self._ask_reducers(number, run)
+        reduction = run.reduction
+        if reduction is None:
+            return None
+        run.full = hidden
+        if run.cache is not None:
+            run.cache.layers[number].expect(run.tokens, reduction)
+        strange = [
+            name
+            for name, value in kwargs.items()
+            if name not in _PER_TOKEN_ARGUMENTS and isinstance(value, Tensor) and run.tokens.length in value.shape[:2]
+        ]
+        if strange:
+            raise UnsupportedCallError(
+                f"{self.parts.model_type} hands its layers {', '.join(strange)} token by token, which reducing methods "
+                "do not know how to shorten."
+            )
+        kwargs = dict(kwargs)
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = tuple(
+                run.once(part, lambda x: reduction.gather(x, -2)) for part in kwargs["position_embeddings"]
+            )
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = run.once(kwargs["position_ids"], lambda x: reduction.gather(x, -1))
+        rows = reduction.gather(hidden, 1)
+        if args:
+            return (rows, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": rows}
+
+    def _ask_reducers(self, number: int, run: Run) -> None:
+        tokens = run.tokens
+        for runtime in self.reducers.get(number, ()):
+            if tokens.has_holes:
+                raise UnsupportedCallError(
+                    "padding stands between real tokens of this batch; reducing methods need it on one side."
+                )
+            keep = runtime.reduce(number, tokens)
+            if keep is None:
+                continue
+            if tokens.is_new is not None:
+                keep = keep & tokens.is_new
+            if run.reduction is not None:
+                keep = keep & run.reduction.keep
+            run.reduction = Reduction.of(keep)
+            self.stats.reduced(runtime.config.name, number, keep, tokens)
+
+    def _scatter(self, number: int, args: tuple[Any, ...], output: Any) -> Any:
+        """After a layer: put its rows back into the full sequence."""
+        run = self._thread.run
+        if run is None or run.reduction is None:
+            return None
+        rows = output[0] if isinstance(output, tuple) else output
+        full = run.reduction.scatter(run.full, rows, inplace=not run.keep_outputs)
+        run.full = None
+        return (full, *output[1:]) if isinstance(output, tuple) else full
+
+
+class _LayerHook:
+    """A hook of one decoder layer (a plain object, so that patched models can be copied and pickled)."""
+
+    def __init__(self, engine: Engine, number: int, method: str):
+        self.engine, self.number, self.method = engine, number, method
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], other: Any) -> Any:
+        return getattr(self.engine, self.method)(self.number, args, other)

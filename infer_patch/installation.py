@@ -1,0 +1,77 @@
+"""What a patch puts on a model, and how it comes off again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from infer_patch.attention import PORT, ImplementationName, Port, base_attention
+from infer_patch.errors import UnsupportedModelError
+from infer_patch.families import ModelParts
+
+
+class Installation:
+    """Configuration copies, ports on attention modules and hooks; `remove` leaves no trace of any.
+
+    The configuration is copied rather than changed because models may share one object. Plain lists and bound methods
+    are used throughout so that a deep copy or pickle of a patched model is a patched model of its own.
+    """
+
+    def __init__(self, parts: ModelParts):
+        self.parts = parts
+        self._hooks: list[RemovableHandle] = []
+        self._configs: list[tuple[nn.Module, Any]] = []  # modules and the configurations they had
+
+    def swap_configs(self, lazy_masks: bool) -> None:
+        """Give the modules that read the text configuration a copy that names our attention function."""
+        text_configs = {id(self.parts.text_config), id(self.parts.text_model.config)}
+        copies: dict[int, Any] = {}
+
+        def replaced(config: Any) -> Any:
+            if id(config) not in copies:
+                copies[id(config)] = twin = copy.copy(config)
+                if id(config) in text_configs:
+                    name = ImplementationName(config._attn_implementation or "eager", lazy_masks)
+                    twin._attn_implementation_internal = name
+                for name, value in vars(config).items():
+                    if id(value) in text_configs:
+                        setattr(twin, name, replaced(value))
+            return copies[id(config)]
+
+        for config in [m.config for m in self.parts.path] + [self.parts.text_config]:
+            replaced(config)
+        for module in self.parts.root.modules():
+            config = vars(module).get("config")
+            if id(config) in copies:
+                self._configs.append((module, config))
+                module.config = copies[id(config)]
+
+    def add_ports(self, make: Callable[[int, str], Port]) -> None:
+        """Give each attention module its port: make(layer, name of the model's own implementation)."""
+        for layer, module in enumerate(self.parts.attentions):
+            name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+            if not isinstance(name, ImplementationName):
+                raise UnsupportedModelError(
+                    f"{self.parts.model_type}: attention of layer {layer} does not read the text model's configuration."
+                )
+            base_attention(module, name.base)  # refuse now rather than in the first forward
+            setattr(module, PORT, make(layer, name.base))
+
+    def add_hooks(self, module: nn.Module, before: Any, after: Any, always: bool = False) -> None:
+        """A forward pre-hook, and a forward hook that comes before all others (`always`: after exceptions too)."""
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(after, always_call=always, prepend=True))
+
+    def remove(self) -> None:
+        """Take everything off again. Calling it twice does nothing."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        for module in self.parts.attentions:
+            vars(module).pop(PORT, None)
+        while self._configs:
+            module, config = self._configs.pop()
+            module.config = config

@@ -1,0 +1,158 @@
+"""Proof of effect: what each method did, counted without copying anything to the host until a report is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from infer_patch.tokens import Tokens
+
+
+@dataclass
+class MethodStats:
+    """Counters of one method; tensors are sums kept on the device."""
+
+    read: dict[int, Any] = field(default_factory=dict)  # layer -> key blocks read, summed over heads and query blocks
+    causal: dict[int, int] = field(default_factory=dict)  # layer -> key blocks a dense pass would have read
+    sparse_calls: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
+    dense_calls: dict[str, int] = field(default_factory=dict)  # reason -> attention calls that ran dense
+    kept: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens that went on
+    total: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens there were
+    last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> (keep, image) of the last call
+    stored: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> rows held, tokens seen (last call)
+    calibrated: dict[int, int] = field(default_factory=dict)  # layer -> attention calls corrected
+
+
+class Stats:
+    """Everything one engine counts."""
+
+    def __init__(self, methods: list[str]):
+        self.names = methods
+        self.reset()
+
+    def reset(self) -> None:
+        self.calls = 0
+        self.tokens = {"prefill": 0, "decode": 0}
+        self.cache_bytes = 0
+        self.methods = {name: MethodStats() for name in self.names}
+
+    def call(self, tokens: Tokens) -> None:
+        self.calls += 1
+        self.tokens["decode" if tokens.length == 1 else "prefill"] += tokens.batch * tokens.length
+
+    def selected(self, name: str, layer: int, read: Tensor, causal: int, decode: bool) -> None:
+        stats = self.methods[name]
+        stats.read[layer] = stats.read.get(layer, 0) + read
+        stats.causal[layer] = stats.causal.get(layer, 0) + causal
+        stats.sparse_calls["decode" if decode else "prefill"] += 1
+
+    def dense(self, name: str, reason: str) -> None:
+        calls = self.methods[name].dense_calls
+        calls[reason] = calls.get(reason, 0) + 1
+
+    def reduced(self, name: str, layer: int, keep: Tensor, tokens: Tokens) -> None:
+        stats, image = self.methods[name], tokens.image
+        visual = image >= 0
+        stats.kept[layer] = stats.kept.get(layer, 0) + (keep & visual).sum()
+        stats.total[layer] = stats.total.get(layer, 0) + visual.sum()
+        stats.last[layer] = (keep, image)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a patch did since it was put on (or since the last `reset`).
+
+    `methods` maps each method's name to its figures; `silent` names the methods that never took effect although the
+    model ran.
+    """
+
+    plan: str
+    model: str
+    calls: int
+    tokens: dict[str, int]
+    cache_bytes: int
+    methods: dict[str, dict[str, Any]]
+
+    @property
+    def silent(self) -> list[str]:
+        return [name for name, figures in self.methods.items() if self.calls and not figures["fired"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "plan": self.plan,
+            "model": self.model,
+            "forward_calls": self.calls,
+            "tokens": self.tokens,
+            "cache_bytes": self.cache_bytes,
+            "methods": self.methods,
+            "silent": self.silent,
+        }
+
+    def __str__(self) -> str:
+        tokens = f"{self.tokens['prefill']} prefill and {self.tokens['decode']} decode tokens"
+        lines = [f"plan {self.plan} on {self.model}: {self.calls} forward calls, {tokens}"]
+        for name, figures in self.methods.items():
+            lines.append(f"  {name}: {describe(figures)}")
+        return "\n".join(lines)
+
+
+def make_report(stats: Stats, plan: str, model: str) -> Report:
+    """Read the counters (the only place that waits for the device)."""
+    figures = {name: _figures(s) for name, s in stats.methods.items()}
+    return Report(plan, model, stats.calls, dict(stats.tokens), stats.cache_bytes, figures)
+
+
+def _figures(stats: MethodStats) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    if stats.causal or stats.dense_calls:
+        read = {layer: int(x) for layer, x in stats.read.items()}
+        figures["blocks_read"], figures["blocks_causal"] = sum(read.values()), sum(stats.causal.values())
+        figures["share_read"] = {i: round(read[i] / stats.causal[i], 4) for i in sorted(read)}
+        figures["sparse_calls"], figures["dense_calls"] = dict(stats.sparse_calls), dict(stats.dense_calls)
+    if stats.total:
+        figures["visual_tokens_kept"] = {i: int(stats.kept[i]) for i in sorted(stats.kept)}
+        figures["visual_tokens"] = {i: int(stats.total[i]) for i in sorted(stats.total)}
+        figures["kept_per_image"] = {i: _per_image(*stats.last[i]) for i in sorted(stats.last)}
+    if stats.stored:
+        figures["rows_held"] = {i: rows for i, (rows, _) in sorted(stats.stored.items())}
+        figures["tokens_seen"] = max(seen for _, seen in stats.stored.values())
+    if stats.calibrated:
+        figures["calls_calibrated"] = {i: stats.calibrated[i] for i in sorted(stats.calibrated)}
+    figures["fired"] = bool(
+        sum(stats.sparse_calls.values())
+        or any(figures.get("visual_tokens_kept", {}).get(i) != n for i, n in figures.get("visual_tokens", {}).items())
+        or any(rows < seen for rows, seen in stats.stored.values())
+        or stats.calibrated
+    )
+    return figures
+
+
+def _per_image(keep: Tensor, image: Tensor) -> list[list[list[int]]]:
+    """For each sample and each of its pictures: [tokens kept, tokens there were], in the last call."""
+    rows = []
+    for kept, numbers in zip(keep.cpu(), image.cpu()):
+        pictures = range(int(numbers.max()) + 1)
+        rows.append([[int((kept & (numbers == p)).sum()), int((numbers == p).sum())] for p in pictures])
+    return rows
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """One method's figures as a short sentence."""
+    words = []
+    if figures.get("blocks_causal"):
+        share = figures["blocks_read"] / figures["blocks_causal"]
+        words.append(f"read {share:.0%} of the causal key blocks in {len(figures['share_read'])} layers")
+    for reason, calls in figures.get("dense_calls", {}).items():
+        words.append(f"{calls} attention calls ran dense ({reason})")
+    if "visual_tokens" in figures:
+        first = min(figures["visual_tokens"])
+        kept = figures["visual_tokens_kept"][first]
+        words.append(f"kept {kept} of {figures['visual_tokens'][first]} visual tokens from layer {first} on")
+    if "rows_held" in figures:
+        words.append(f"held at most {max(figures['rows_held'].values())} of {figures['tokens_seen']} cached tokens")
+    if "calls_calibrated" in figures:
+        words.append(f"corrected {sum(figures['calls_calibrated'].values())} attention calls")
+    return "; ".join(words) if figures["fired"] else "; ".join(["NEVER FIRED", *words])
