@@ -1,0 +1,127 @@
+"""Top-k key blocks by their envelope: an upper bound on every score in the block (Quest family, arXiv 2406.10774)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infer_patch.kernels.block_mask import BlockMask
+from infer_patch.kernels.envelope import block_bounds, select_blocks
+from infer_patch.method import Method, Runtime, option, register
+from infer_patch.selection import plain_attention_layers
+
+BLOCK = 64
+
+
+@register("envelope")
+@dataclass(frozen=True, kw_only=True)
+class Envelope(Method):
+    """Each block of queries reads the key blocks that could hold its highest scores.
+
+    Per block of keys the element-wise minimum and maximum bound every score a query can have with it. A block of 64
+    queries ranks key blocks by the softmax of these bounds, summed over its rows and over the query heads that share
+    the key head, and reads the best ones, the first tokens and a recent window. The bound cannot miss an isolated peak,
+    which is what centre-of-block scores do. Prefill and decode; the cache keeps everything.
+
+    Parameters
+    ----------
+    budget : int
+        Tokens each query block reads, sinks and window included (a multiple of 64).
+    sinks, window : int
+        Tokens at the start and at the end that are always read; they reach out to blocks of 64.
+    score_block : int
+        Keys under one bound: 16, 32 or 64. Smaller finds better, larger scores faster.
+    stride : int
+        In prefill every stride-th query of a block is scored.
+    dense_below : int
+        Up to this many keys, layers run dense (exact, and faster there).
+    max_share : float
+        Prefill runs dense when more than this share of the causal key blocks would be read: sparse cannot win there.
+
+    References
+    ----------
+    The bound: Tang et al., "Quest", arXiv 2406.10774 (decode only, per head). Blockwise prefill, the softmax-sum score
+    and per-group lists are this project's.
+    """
+
+    budget: int = option(1024, "tokens each query block reads, sinks and window included")
+    sinks: int = option(4, "first tokens always read, rounded up to 64")
+    window: int = option(128, "recent tokens always read")
+    score_block: int = option(16, "keys under one bound: 16, 32 or 64")
+    stride: int = option(2, "in prefill, score every stride-th query")
+    dense_below: int = option(2048, "run dense up to this many keys")
+    max_share: float = option(1.0, "run prefill dense above this share of causal key blocks")
+
+    ports = ("select",)
+    paper = "arXiv 2406.10774"
+    summary = "top-k key blocks by min/max bounds on their scores"
+
+    def validate(self) -> None:
+        always = -(-self.sinks // BLOCK) + -(-(self.window - 1) // BLOCK) + 1
+        self.require(self.sinks >= 0, f"sinks must be 0 or more tokens, got {self.sinks}")
+        self.require(self.window >= 1, f"window must be 1 or more tokens, got {self.window}")
+        self.require(
+            self.budget % BLOCK == 0 and self.budget >= always * BLOCK,
+            f"budget must be a multiple of {BLOCK} that holds sinks and window ({always * BLOCK} tokens), "
+            f"got {self.budget}",
+        )
+        self.require(self.score_block in (16, 32, 64), f"score_block must be 16, 32 or 64, got {self.score_block}")
+        self.require(1 <= self.stride <= BLOCK, f"stride must be 1 to {BLOCK}, got {self.stride}")
+        self.require(self.dense_below >= 0, f"dense_below must be 0 or more tokens, got {self.dense_below}")
+        self.require(0 < self.max_share <= 1, f"max_share must be above 0 and at most 1, got {self.max_share}")
+
+    def applicable_layers(self, parts: Any) -> tuple[int, ...]:
+        return plain_attention_layers(self.name, parts)
+
+    def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
+        return _Envelope(self, parts, layers)
+
+
+class _Envelope(Runtime):
+    config: Envelope
+
+    def select(self, layer: int, call: Any) -> BlockMask | str:
+        config, keys, queries = self.config, call.k.shape[2], call.q.shape[2]
+        if keys <= config.budget:
+            return "the budget covers every key"
+        if keys <= config.dense_below:
+            return f"at most {config.dense_below} keys"
+        if queries > BLOCK and kept_share(config.budget, queries, keys) > config.max_share:
+            return f"more than {config.max_share:.0%} of the key blocks would be read"
+        return select_blocks(
+            call.q,
+            call.k,
+            self._bounds(call),
+            budget=config.budget,
+            sinks=config.sinks,
+            window=config.window,
+            block=BLOCK,
+            score_block=config.score_block,
+            stride=config.stride,
+            scale=call.scale,
+        )
+
+    def _bounds(self, call: Any) -> tuple[Tensor, Tensor]:
+        """Bounds of all key blocks; only blocks that changed since the last call are computed anew."""
+        size, keys = self.config.score_block, call.k.shape[2]
+        held = call.state.get("bounds")
+        if held is None:
+            bounds = block_bounds(call.k, size)
+        else:
+            (low, high), covered = held
+            whole = covered // size  # blocks that were full then and cannot change
+            if covered == keys:
+                return low, high
+            new_low, new_high = block_bounds(call.k[:, :, whole * size :], size)
+            bounds = torch.cat([low[:, :, :whole], new_low], 2), torch.cat([high[:, :, :whole], new_high], 2)
+        call.state["bounds"] = bounds, keys
+        return bounds
+
+
+def kept_share(budget: int, queries: int, keys: int) -> float:
+    """Share of the causal key blocks that a fixed budget reads, over the query blocks of a call."""
+    first, last = (keys - queries) // BLOCK, -(-keys // BLOCK)
+    return sum(min(i + 1, budget // BLOCK) for i in range(first, last)) / sum(range(first + 1, last + 1))

@@ -1,0 +1,89 @@
+"""FastV: past the first layers, drop the visual tokens that the prompt's last token hardly reads (arXiv 2403.06764)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infer_patch.method import Method, Runtime, option, register
+from infer_patch.pruning import keep_best, require_visual_tokens
+
+
+@register("fastv")
+@dataclass(frozen=True, kw_only=True)
+class FastV(Method):
+    """Layer K-1's attention from the last prompt token ranks the visual tokens; layers K and up go on without the rest.
+
+    Real dropping, in prefill: dropped tokens are not computed and not cached from layer K on. Positions of the
+    survivors stay. Scores are recomputed for one query row from q and k, so no eager attention is needed. Text, the
+    tokens around pictures and text-only prompts are never touched. Tokens dropped in one turn are gone in the next.
+
+    Parameters
+    ----------
+    layer : int
+        K, the first layer that runs without the dropped tokens; at least 1. Layer K - 1 is the judge.
+    drop_ratio : float
+        R in [0, 1): share of the visual tokens to drop. round-half-even(N (1 - R)) are kept, at least one per picture.
+    pool : {"per_image", "global"}
+        Each picture keeps its own share (this project's default for several pictures), or all compete.
+
+    References
+    ----------
+    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764, ECCV 2024.
+    """
+
+    layer: int = option(2, "K: first layer that runs without the dropped tokens")
+    drop_ratio: float = option(0.5, "R: share of visual tokens to drop")
+    pool: str = option("per_image", "shares per picture or over all: per_image, global")
+
+    ports = ("reduce",)
+    paper = "arXiv 2403.06764"
+    summary = "drop visual tokens that the last prompt token hardly reads"
+    modality = "vision"
+
+    def validate(self) -> None:
+        self.require(self.layers is None, "set `layer` (K), not `layers`")
+        self.require(isinstance(self.layer, int) and self.layer >= 1, f"layer must be 1 or more, got {self.layer!r}")
+        self.require(0 <= self.drop_ratio < 1, f"drop_ratio must be at least 0 and below 1, got {self.drop_ratio}")
+        self.require(self.pool in ("per_image", "global"), f"pool must be per_image or global, got {self.pool!r}")
+
+    def applicable_layers(self, parts: Any) -> tuple[int, ...]:
+        require_visual_tokens(self.name, parts)
+        self.require(self.layer < parts.num_layers, f"layer {self.layer} of a model with {parts.num_layers} layers")
+        return (self.layer,)
+
+    def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
+        return _FastV(self, parts, layers)
+
+
+def last_row_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Head-mean attention of the last query row over all keys, fp32: q [b, H, T, D], k [b, H_kv, S, D] -> [b, S]."""
+    row = q[:, :, -1:].float().unflatten(1, (k.shape[1], -1))
+    scores = row @ k.float()[:, :, None].transpose(-1, -2) * scale
+    return scores.softmax(-1).mean((1, 2))[:, 0]
+
+
+class _FastV(Runtime):
+    config: FastV
+
+    def __init__(self, config: FastV, parts: Any, layers: tuple[int, ...]):
+        super().__init__(config, parts, layers)
+        # a judge with a window of its own may not see the pictures: take the nearest earlier layer that does
+        judges = [i for i in parts.full_attention_layers if i < config.layer]
+        self.observes = frozenset((judges[-1] if judges else config.layer - 1,))
+
+    def observe(self, layer: int, call: Any) -> None:
+        tokens = call.tokens
+        if (scores := tokens.shared.get(self)) is None:
+            scores = tokens.shared[self] = torch.zeros(tokens.batch, tokens.length, device=call.q.device)
+        seen = last_row_attention(call.q, call.k, call.scale)
+        new = call.positions - tokens.past  # which token of this call each key is; earlier ones are not judged
+        for row, sample in enumerate(call.samples):
+            here = (new[row] >= 0) & (new[row] < tokens.length)
+            scores[sample, new[row][here]] = seen[row][here]
+
+    def reduce(self, layer: int, tokens: Any) -> Tensor | None:
+        return keep_best(tokens.shared.pop(self), tokens, self.config.drop_ratio, self.config.pool)

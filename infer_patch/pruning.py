@@ -1,0 +1,46 @@
+"""What the visual-token pruning methods share: counts, top-k with stable ties, budgets per picture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infer_patch.errors import UnsupportedModelError
+from infer_patch.families import ModelParts
+from infer_patch.tokens import Tokens
+
+
+def require_visual_tokens(method: str, parts: ModelParts) -> None:
+    """Raise `UnsupportedModelError` unless the model tells visual tokens by a placeholder id."""
+    if not parts.image_token_ids:
+        raise UnsupportedModelError(
+            f"{method} prunes visual tokens, and {parts.model_type} has none (no vision configuration with an image "
+            "token id was found)."
+        )
+
+
+def count_to_keep(tokens: Tensor, drop_ratio: float) -> Tensor:
+    """k = round-half-even(N (1 - R)), at least 1 where there is a token: int64 like `tokens`."""
+    kept = torch.round(tokens.double() * (1 - drop_ratio)).long()
+    return torch.where(tokens > 0, kept.clamp(min=1), 0)
+
+
+def keep_best(scores: Tensor, tokens: Tokens, drop_ratio: float, pool: str) -> Tensor:
+    """Text and the best-scored visual tokens: bool [B, T].
+
+    scores [B, T] are read at visual tokens only. pool "per_image" gives each picture its own share, "global" one share
+    to all pictures of a sample. Ties go to the lower index. A sample whose last token here is visual keeps everything:
+    its prompt is not complete (chunked prefill).
+    """
+    image = tokens.image
+    complete = image.gather(1, tokens.last_index[:, None]) < 0
+    keep = (image < 0) | ~complete
+    groups = image if pool == "per_image" else image.clamp(max=0)
+    for picture in range(int(groups.max()) + 1):
+        member = groups == picture
+        k = count_to_keep(member.sum(1), drop_ratio)
+        order = scores.masked_fill(~member, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+        rank = torch.empty_like(order)
+        rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        keep = keep | (member & (rank < k[:, None]))
+    return keep
