@@ -46,15 +46,18 @@ class Handle:
         UserWarning
             When the model ran but a method of the plan never took effect.
         """
+        self._remove(warn=True)
+
+    def _remove(self, warn: bool) -> None:
         if not self.active:
             return
         self._engine.remove()
         delattr(self.model, _HANDLE)
-        silent = self.report().silent
+        silent = self.report().silent if warn else []
         if silent:
             warnings.warn(
                 f"{', '.join(silent)} never took effect on {self._engine.parts.model_type}; see handle.report().",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def report(self, reset: bool = False) -> Report:
@@ -70,7 +73,7 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        self._remove(warn=error is None)
 
     def __repr__(self) -> str:
         return f"<Handle {self.plan.name!r} on {type(self.model).__name__}, {'on' if self.active else 'off'}>"

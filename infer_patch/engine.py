@@ -11,7 +11,7 @@ was dropped keeps the state it left with. So shapes never change, whatever stand
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from infer_patch.attend import attend
-from infer_patch.attention import LazyMask, Port
+from infer_patch.attention import LazyMask, Port, forwards
 from infer_patch.cache import IndexedLayer, cache_bytes
 from infer_patch.errors import UnsupportedCallError
 from infer_patch.families import ModelParts
@@ -104,6 +104,7 @@ class Engine:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         thread = self._thread
         if module is self.parts.root or not thread.open:
+            forwards.depth += not thread.open
             thread.open, thread.inputs, thread.run = [], {}, None
         thread.open.append(module)
         given = dict(zip(self._parameters[module], args)) | kwargs
@@ -118,24 +119,26 @@ class Engine:
         if cache is not None and cache is not given.get("past_key_values"):
             changed["past_key_values"] = cache
         if thread.run is not None and isinstance(given.get("attention_mask"), LazyMask):
-            # made by an outer model; the text model would take it for a tensor (PaliGemma), so it goes round it
+            # an outer model made the mask (PaliGemma) and the text model would take ours for a tensor: it gets the
+            # mask written out, and methods find the unwritten one in the run
             thread.run.mask = given["attention_mask"]
-            changed["attention_mask"] = thread.inputs.get("attention_mask")
+            changed["attention_mask"] = thread.run.mask.dense()
         return (args, {**kwargs, **changed}) if changed else None
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         thread = self._thread
         run = thread.run
-        if module in thread.open:
-            del thread.open[thread.open.index(module) :]
         if module is self.parts.text_model and run is not None:
             thread.run = None
             self._close_run(run)
             states = getattr(output, "hidden_states", None)
             if states and run.layer_input is not None and states[0].shape != run.layer_input.shape:
                 output["hidden_states"] = (run.layer_input, *states[1:])
-        if not thread.open:
-            thread.inputs, thread.run = {}, None
+        if module in thread.open:
+            del thread.open[thread.open.index(module) :]
+            if not thread.open:
+                forwards.depth -= 1
+                thread.inputs, thread.run = {}, None
         return output
 
     def _open_run(self, given: dict[str, Any], inputs: dict[str, Any]) -> tuple[Run | None, Cache | None]:
@@ -144,7 +147,8 @@ class Engine:
         if source is None or source.shape[1] == 0:
             return None, cache
         training = torch.is_grad_enabled() and self.parts.text_model.training
-        if training and getattr(self.parts.text_model, "is_gradient_checkpointing", False):
+        names = ("gradient_checkpointing", "activation_checkpointing")  # the latter from transformers 5.2x on
+        if training and any(getattr(layer, name, False) for layer in self.parts.layers for name in names):
             raise UnsupportedCallError("gradient checkpointing re-runs layers out of order; switch it off, or unpatch.")
         if inputs.get("output_attentions") or getattr(self.parts.text_config, "output_attentions", False):
             raise UnsupportedCallError("a patched model cannot return attention weights (output_attentions=True).")
@@ -170,8 +174,9 @@ class Engine:
 
     def _close_run(self, run: Run) -> None:
         self.stats.cache_bytes = cache_bytes(run.cache)
-        for i, runtime in self.stores.items() if run.cache is not None else ():
-            held = run.cache.layers[i]
+        for i, runtime in self.stores.items():
+            if (held := run.held(i)) is None:
+                continue
             self.stats.methods[runtime.config.name].stored[i] = (held.rows, held.length)
 
     def _images(self, inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
@@ -191,7 +196,7 @@ class Engine:
         if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
             what = "an offloaded cache" if isinstance(cache, Cache) else type(cache).__name__
         else:
-            strange = [x for x in cache.layers if not (isinstance(x, IndexedLayer) or IndexedLayer.sees(x))]
+            strange = [x for x in cache.layers if not (isinstance(x, IndexedLayer) or IndexedLayer.can_adopt(x))]
             if not strange:
                 return
             what = f"{type(cache).__name__} with layers of type {type(strange[0]).__name__}"
@@ -223,7 +228,7 @@ class Engine:
         for i, fresh in swaps:
             cache.layers[i] = fresh
         for i in self.stores:
-            cache.layers[i].expect(tokens, None)
+            cast(IndexedLayer, cache.layers[i]).expect(tokens, None)
 
     # Reduction
 
@@ -240,8 +245,8 @@ class Engine:
         if reduction is None:
             return None
         run.full = hidden
-        if run.cache is not None:
-            run.cache.layers[number].expect(run.tokens, reduction)
+        if (held := run.held(number)) is not None:
+            held.expect(run.tokens, reduction)
         strange = [
             name
             for name, value in kwargs.items()
@@ -279,12 +284,12 @@ class Engine:
             if run.reduction is not None:
                 keep = keep & run.reduction.keep
             run.reduction = Reduction.of(keep)
-            self.stats.reduced(runtime.config.name, number, keep, tokens)
+            self.stats.reduced(runtime.config.name, number, keep, cast(Tensor, tokens.image))
 
     def _scatter(self, number: int, args: tuple[Any, ...], output: Any) -> Any:
         """After a layer: put its rows back into the full sequence."""
         run = self._thread.run
-        if run is None or run.reduction is None:
+        if run is None or run.reduction is None or run.full is None:
             return None
         rows = output[0] if isinstance(output, tuple) else output
         full = run.reduction.scatter(run.full, rows, inplace=not run.keep_outputs)

@@ -1,7 +1,7 @@
 """Every exception this package raises on purpose.
 
-What a user can put right is a `ValueError`, so that code which knows nothing of this package still catches it.
-A message says what came, what was expected, and the way out.
+What a user can put right is a `ValueError`, so that code which knows nothing of this package still catches
+it. A message says what came, what was expected, and the way out.
 """
 
 
@@ -10,7 +10,7 @@ class PatchError(ValueError):
 
 
 class UnsupportedModelError(PatchError):
-    """The model lacks a part that a method of the plan needs, or was built in a way that cannot be patched."""
+    """The model lacks a part that a method needs, or is built in a way that cannot be patched."""
 
 
 class PlanError(PatchError):

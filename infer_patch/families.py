@@ -27,7 +27,7 @@ class ModelParts:
     attention window in tokens, or None where it attends to everything before it.
     """
 
-    path: tuple[nn.Module, ...]
+    path: tuple[Any, ...]
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     text_config: Any
@@ -36,11 +36,11 @@ class ModelParts:
     model_type: str = field(default="")
 
     @property
-    def root(self) -> nn.Module:
+    def root(self) -> Any:
         return self.path[0]
 
     @property
-    def text_model(self) -> nn.Module:
+    def text_model(self) -> Any:
         return self.path[-1]
 
     @property
@@ -115,7 +115,7 @@ def describe(model: nn.Module) -> ModelParts:
     stock = DynamicCache(config=config).layers
     if len(stock) not in (0, len(layers)):
         raise UnsupportedModelError(f"{kind}: {len(layers)} decoder layers but a cache of {len(stock)} layers.")
-    windows = tuple(int(s.sliding_window) if getattr(s, "is_sliding", False) else None for s in stock)
+    windows = tuple(int(getattr(s, "sliding_window")) if getattr(s, "is_sliding", False) else None for s in stock)
     return ModelParts(
         path=tuple(path),
         layers=tuple(layers),

@@ -164,7 +164,11 @@ def register(name: str) -> Callable[[_M], _M]:
             problems.append("the name must be lower case letters, digits and underscores")
         if name in _REGISTRY:
             problems.append(f"the name is taken by {_REGISTRY[name].__qualname__}")
-        if not issubclass(cls, Method) or not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:
+        if (
+            not issubclass(cls, Method)
+            or not dataclasses.is_dataclass(cls)
+            or not getattr(cls, "__dataclass_params__").frozen
+        ):
             problems.append("the class must be a frozen dataclass derived from Method")
         elif not cls.ports or set(cls.ports) - set(PORTS):
             problems.append(f"ports must be some of {PORTS}, got {cls.ports}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def keep_best(scores: Tensor, tokens: Tokens, drop_ratio: float, pool: str) -> T
     to all pictures of a sample. Ties go to the lower index. A sample whose last token here is visual keeps everything:
     its prompt is not complete (chunked prefill).
     """
-    image = tokens.image
+    image = cast(Tensor, tokens.image)  # reducers run only where there are visual tokens
     complete = image.gather(1, tokens.last_index[:, None]) < 0
     keep = (image < 0) | ~complete
     groups = image if pool == "per_image" else image.clamp(max=0)

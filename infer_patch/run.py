@@ -155,7 +155,8 @@ def padding_mask(mask: Any, total: int, device: torch.device) -> Tensor | None:
         return None
     if mask.shape[1] != total:
         raise UnsupportedCallError(
-            f"the attention mask covers {mask.shape[1]} tokens, cache and new tokens are {total}; pass one entry for each."
+            f"the attention mask covers {mask.shape[1]} tokens, cache and new tokens are {total}; "
+            "pass one entry for each."
         )
     mask = mask.to(device=device, dtype=torch.bool)
     return None if bool(mask.all()) else mask

@@ -17,7 +17,7 @@ def plain_attention_layers(method: str, parts: ModelParts) -> tuple[int, ...]:
     """
     if parts.attention_logits_capped:
         raise UnsupportedModelError(
-            f"{method}: {parts.model_type} soft-caps its attention scores, which the block-sparse kernels do not compute."
+            f"{method}: {parts.model_type} soft-caps its attention scores, which the block-sparse kernels do not do."
         )
     if parts.learned_sinks:
         raise UnsupportedModelError(

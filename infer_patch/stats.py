@@ -52,9 +52,8 @@ class Stats:
         calls = self.methods[name].dense_calls
         calls[reason] = calls.get(reason, 0) + 1
 
-    def reduced(self, name: str, layer: int, keep: Tensor, tokens: Tokens) -> None:
-        stats, image = self.methods[name], tokens.image
-        visual = image >= 0
+    def reduced(self, name: str, layer: int, keep: Tensor, image: Tensor) -> None:
+        stats, visual = self.methods[name], image >= 0
         stats.kept[layer] = stats.kept.get(layer, 0) + (keep & visual).sum()
         stats.total[layer] = stats.total.get(layer, 0) + visual.sum()
         stats.last[layer] = (keep, image)

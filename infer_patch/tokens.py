@@ -48,8 +48,7 @@ class Tokens:
         total = self.mask.shape[1]
         first = self.mask.int().argmax(1)
         stop = total - self.mask.flip(1).int().argmax(1)
-        if bool((self.mask.sum(1) == 0).any()):
-            return [(0, 0) if not bool(row.any()) else (int(f), int(s)) for row, f, s in zip(self.mask, first, stop)]
+        first = torch.where(self.mask.any(1), first, total)  # a sample that is all padding so far
         return [(int(f), int(s)) for f, s in torch.stack([first, stop], 1).tolist()]
 
     @cached_property
@@ -154,43 +153,47 @@ def image_numbers(is_visual: Tensor, model_inputs: dict[str, Any]) -> Tensor | N
     """Number the pictures of each sample: int64 [B, T], -1 for text; None when there is no visual token.
 
     Two pictures may stand side by side with nothing between them, so runs of placeholders alone do not tell them
-    apart. Lengths come, in this order, from the grid sizes a call passes (Qwen-VL), from an even split of all
-    placeholders over the pictures passed (one size for all: LLaVA), else from the runs themselves.
+    apart. Their lengths come from the features or grid sizes of the call where it has them, from an even split of all
+    placeholders over pictures of one size (LLaVA), else from the runs themselves.
     """
     if not bool(is_visual.any()):
         return None
+    before = torch.cat([torch.zeros_like(is_visual[:, :1]), is_visual[:, :-1]], 1)
+    run_starts = is_visual & ~before
+    by_runs = (run_starts.cumsum(1) - 1).masked_fill(~is_visual, -1)
     counts = is_visual.sum(1).tolist()
     lengths = _image_lengths(model_inputs, sum(counts))
-    ordinal = is_visual.cumsum(1) - 1  # place of each visual token among those of its sample
     if lengths is None:
-        starts = is_visual & ~torch.cat([torch.zeros_like(is_visual[:, :1]), is_visual[:, :-1]], 1)
-        number = starts.cumsum(1) - 1
-    else:
-        number = torch.zeros_like(ordinal)
-        remaining = list(lengths)
-        for row, count in enumerate(counts):
-            edge = 0
-            while edge < count and remaining:
-                edge += remaining.pop(0)
-                number[row] += (ordinal[row] >= edge).long()
+        return by_runs
+    place = is_visual.cumsum(1) - 1  # of each visual token among those of its sample
+    number = torch.zeros_like(place)
+    for row, count in enumerate(counts):
+        edge = 0
+        while edge < count:
+            edge += lengths.pop(0)
+            number[row] += (place[row] >= edge).long()
+        visual = is_visual[row]
+        same = number[row, visual].diff() == 0
+        if edge != count or bool((same & run_starts[row, visual][1:]).any()):
+            return by_runs  # lengths of something else: text stands inside one of them (Idefics3 counts samples)
     return number.masked_fill(~is_visual, -1)
 
 
 def _image_lengths(inputs: dict[str, Any], total: int) -> list[int] | None:
-    """Visual tokens of each picture in batch order, or None when the call does not tell."""
-    for name in ("image_grid_thw", "video_grid_thw"):
-        grid = inputs.get(name)
-        if (
-            isinstance(grid, Tensor)
-            and inputs.get("pixel_values" if name[0] == "i" else "pixel_values_videos") is not None
-        ):
-            patches = grid.prod(-1).tolist()
-            merged, rest = divmod(sum(patches), total)  # patches that share one token (2 x 2 in Qwen-VL)
-            if rest == 0 and all(p % merged == 0 for p in patches):
-                return [p // merged for p in patches]
-            return None
-    pixels = inputs.get("pixel_values")
-    if isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[0] and total % pixels.shape[0] == 0:
-        if inputs.get("image_sizes") is None:  # tiles of one picture also count as pictures; runs are right there
-            return [total // pixels.shape[0]] * pixels.shape[0]
-    return None
+    """Visual tokens of each picture in batch order, `total` in all, or None when the call does not tell."""
+    lengths: list[int] = []
+    encoded = inputs.get("mm_encoder_outputs")  # generate encodes pictures ahead of the forward (transformers 5.2x)
+    grid, pixels, sizes = (inputs.get(name) for name in ("image_grid_thw", "pixel_values", "image_sizes"))
+    if encoded and list(encoded) == ["image"]:
+        lengths = [len(features) for features in encoded["image"].pooler_output]
+    elif pixels is not None and isinstance(grid, Tensor):
+        patches = grid.prod(-1).tolist()
+        merged = sum(patches) // total  # patches that share one token (2 x 2 in Qwen-VL)
+        lengths = [p // max(merged, 1) for p in patches]
+    elif isinstance(pixels, Tensor) and pixels.ndim == 4 and _all_equal(sizes):
+        lengths = [total // max(len(pixels), 1)] * len(pixels)
+    return [n for n in lengths if n] if sum(lengths) == total else None
+
+
+def _all_equal(rows: Any) -> bool:
+    return not isinstance(rows, Tensor) or bool((rows == rows[:1]).all())

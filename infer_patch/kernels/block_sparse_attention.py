@@ -105,9 +105,9 @@ def _few_queries(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float)
             mask.block_k, -1
         )[:, :, None]
         visible = visible.expand(batch, kv_heads, -1, -1).repeat(1, 1, group, 1).flatten(0, 1)[:, None]
-        gathered = [x.gather(idx.expand(batch, kv_heads, width).flatten(0, 1)) for x in blocks]
+        keys_read, values_read = (x.gather(idx.expand(batch, kv_heads, width).flatten(0, 1)) for x in blocks)
         rows = q[:, :, low - past : high - past].reshape(batch * kv_heads, 1, -1, size)
-        part = F.scaled_dot_product_attention(rows, *gathered, attn_mask=visible, scale=scale)
+        part = F.scaled_dot_product_attention(rows, keys_read, values_read, attn_mask=visible, scale=scale)
         out.append(part.reshape(batch, heads, high - low, -1))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
@@ -135,8 +135,10 @@ def _many_queries(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float
         listed, on_diagonal = divmod(kind, per + 1)
         bias = _causal_bias(group, b, mask.block_k, listed, on_diagonal, q)
         for stack in (shape == kind).nonzero().squeeze(1).split(_ROWS_PER_CALL):
-            gathered = [x.gather(idx[stack, :listed], head[stack]) for x in blocks]
-            out[stack] = F.scaled_dot_product_attention(rows[stack], *gathered, attn_mask=bias, scale=scale)
+            keys_read, values_read = (x.gather(idx[stack, :listed], head[stack]) for x in blocks)
+            out[stack] = F.scaled_dot_product_attention(
+                rows[stack], keys_read, values_read, attn_mask=bias, scale=scale
+            )
     out = out.view(batch, kv_heads, n_q, group, b, -1).transpose(2, 3).reshape(batch, heads, n_q * b, -1)
     return out[:, :, lead : lead + queries]
 

@@ -119,7 +119,7 @@ def _attention_block_scores(
     scale: float,
 ) -> Tensor:
     """Scores of query blocks [i, j): [B, H_kv, j - i, ceil(S / block)]."""
-    batch, heads, queries, size = q.shape
+    batch, heads, queries, _ = q.shape
     low, high = bounds
     kv_heads, past = low.shape[1], keys - queries
     a, b = max(i * block, past), min(j * block, keys)

@@ -1,0 +1,3 @@
+from infer_patch.cli import main
+
+main()
