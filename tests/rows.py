@@ -1,0 +1,65 @@
+"""The method axis of the test matrix: one row per method configuration. A new method adds its rows here."""
+
+from dataclasses import dataclass
+
+from miniatures import MINIATURES, Miniature, text_inputs, vision_inputs
+
+from infer_patch import Method
+from infer_patch.patches import Envelope, FastV, RandomPruning, SinkWindow
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration, and what its behaviour promises.
+
+    neutral: keeps everything, so outputs are those of the unpatched model. chunkable: a prompt in chunks gives what it
+    gives whole. draftable: assisted decoding gives what greedy decoding gives.
+    """
+
+    name: str
+    methods: tuple[Method, ...]
+    vision: bool = False
+    neutral: bool = False
+    chunkable: bool = True
+    draftable: bool = True
+    fires: bool = True
+
+
+ROWS = [
+    Row("identity", (), neutral=True),
+    Row("sink_window", (SinkWindow(window=64, dense_below=0),)),
+    Row("sink_window-evict", (SinkWindow(window=64, evict=True),)),
+    Row("sink_window-all", (SinkWindow(window=4096, evict=True),), neutral=True, fires=False),
+    # which keys a block of queries reads depends on all its queries, so other splits give other (equally good) choices
+    Row("envelope", (Envelope(budget=192, window=64, dense_below=0),), chunkable=False, draftable=False),
+    Row("envelope-all", (Envelope(budget=4096, dense_below=0),), neutral=True, fires=False),
+    Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
+    Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
+    Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
+    Row("fastv+sink_window", (FastV(layer=1), SinkWindow(window=64, evict=True)), vision=True),
+]
+
+
+def serves(row: Row, mini: Miniature) -> bool:
+    """Whether the methods of a row apply to a family (where not, `patch` refuses: see test_refusals)."""
+    if row.vision and mini.kind != "vision":
+        return False
+    selects = any("select" in m.ports for m in row.methods)
+    # where pictures or prompts see both ways, selection runs dense and says so: test_refusals
+    return not (selects and (mini.softcap or mini.sliding == "all" or mini.bidirectional != "none"))
+
+
+def inputs_for(row: Row, mini: Miniature, only: int | None = None) -> dict:
+    """A left-padded batch that is long enough for the row's methods to act; `only` takes one sample alone."""
+    if mini.kind == "text":
+        return text_inputs(mini, lengths=(300, 210, 260), seed=1, only=only)
+    long = any("select" in m.ports for m in row.methods)
+    text = [(150, 80), (120, 90), (200, 60)] if long else [(5, 9), (3, 12), (7, 4)]
+    return vision_inputs(mini, images=(1, 2, 0), text=text, seed=1, only=only)
+
+
+CASES = [(row, mini) for row in ROWS for mini in MINIATURES.values() if serves(row, mini)]
+CASE_IDS = [f"{row.name}-{mini.name}" for row, mini in CASES]
+# one family of each kind, for behaviours that do not depend on the family
+FEW = [(row, mini) for row, mini in CASES if mini.name in ("llama", "gpt_neox", "llava", "qwen2_vl")]
+FEW_IDS = [f"{row.name}-{mini.name}" for row, mini in FEW]
