@@ -1,0 +1,101 @@
+"""Envelope selection: the bound, the budget, needles, and what prefill and decode agree on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infer_patch.kernels.block_sparse_attention import token_mask
+from infer_patch.kernels.envelope import block_bounds, score_blocks, select_blocks, upper_bounds
+
+OPTIONS = dict(budget=256, sinks=4, window=64)
+
+
+def qk(seed, queries, keys, heads=6, kv_heads=2, size=32, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, heads, queries, size, generator=generator)
+    return q, torch.randn(batch, kv_heads, keys, size, generator=generator)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 200), st.sampled_from([16, 32, 64]))
+def test_the_bound_holds_for_every_key(seed, keys, block):
+    q, k = qk(seed, 5, keys, heads=2, batch=1)
+    low, high = block_bounds(k, block)
+    assert low.shape == high.shape == (1, 2, -(-keys // block), 32)
+    bound = upper_bounds(q, low, high).repeat_interleave(block, -1)[..., :keys]
+    assert (bound >= q @ k.transpose(-1, -2) - 1e-4).all()
+
+
+@pytest.mark.parametrize("queries, keys", [(700, 700), (130, 700), (1, 700), (5, 642), (64, 640), (300, 1000)])
+@pytest.mark.parametrize("score_block", [16, 32, 64])
+def test_lists_are_valid_and_within_budget(queries, keys, score_block):
+    q, k = qk(0, queries, keys)
+    mask = select_blocks(q, k, block_bounds(k, score_block), score_block=score_block, **OPTIONS)
+    mask.check(queries, keys)
+    assert mask.idx.shape[-1] == 4
+    seen = token_mask(mask, 6, queries, keys)
+    position, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+    always = (key <= position) & ((key < 4) | (key > position - 64))
+    assert seen[..., always].all()
+
+
+def test_scores_equal_the_formula():
+    """Blocks chosen for whole query blocks are those of the plain fp32 formula."""
+    q, k = qk(1, 640, 640)
+    bounds = block_bounds(k, 16)
+    mask = select_blocks(q, k, bounds, stride=1, budget=192, sinks=0, window=1)
+    rows = q.unflatten(1, (2, 3)).unflatten(3, (10, 64)).transpose(2, 3).flatten(3, 4)
+    visible = torch.arange(40) < torch.arange(10)[:, None] * 4
+    scores = score_blocks(rows, *bounds, visible, 32**-0.5).unflatten(-1, (10, 4)).amax(-1)
+    for i in range(4, 10):
+        best = scores[:, :, i].masked_fill(torch.arange(10) >= i, -1).topk(2).indices
+        expected = torch.cat([best, torch.full_like(best[..., :1], i)], -1).sort(-1).values
+        assert torch.equal(mask.idx[:, :, i], expected)
+
+
+@pytest.mark.parametrize("score_block", [16, 32, 64])
+@pytest.mark.parametrize("queries", [1, 40, 700])
+def test_a_needle_is_always_listed(queries, score_block):
+    for seed in range(10):
+        q, k = qk(seed, queries, 2000, heads=2, kv_heads=1, batch=1)
+        needle = int(torch.randint(100, 1200, (1,), generator=torch.Generator().manual_seed(seed)))
+        k[0, 0, needle] = 8 * q[0, :, -1].mean(0)
+        mask = select_blocks(q, k, block_bounds(k, score_block), score_block=score_block, **OPTIONS)
+        assert needle // 64 in mask.idx[0, 0, -1].tolist()
+
+
+def test_a_larger_budget_lists_a_superset():
+    q, k = qk(3, 900, 900)
+    small, large = (
+        token_mask(select_blocks(q, k, block_bounds(k, 16), **{**OPTIONS, "budget": budget}), 6, 900, 900)
+        for budget in (256, 512)
+    )
+    assert (large | ~small).all() and large.sum() > small.sum()
+
+
+def test_block_aligned_chunks_choose_what_the_whole_prompt_chooses():
+    q, k = qk(4, 640, 640)
+    whole = select_blocks(q, k, block_bounds(k, 16), **OPTIONS)
+    part = select_blocks(q[:, :, 256:512], k[:, :, :512], block_bounds(k[:, :, :512], 16), **OPTIONS)
+    assert torch.equal(part.idx, whole.idx[:, :, 4:8])
+
+
+def test_recall_beats_sinks_and_window_and_nears_the_oracle():
+    """Attention mass on keys with locality, at equal budget and block size."""
+    generator = torch.Generator().manual_seed(5)
+    walk = torch.randn(1, 1, 2048, 32, generator=generator).cumsum(2)
+    k = walk / walk.std() + 0.3 * torch.randn(1, 1, 2048, 32, generator=generator)
+    q = 3 * k[:, :, torch.randint(0, 2048, (64,), generator=generator)] + torch.randn(1, 1, 64, 32, generator=generator)
+    causal = torch.arange(2048) <= torch.arange(1984, 2048)[:, None]
+    mass = (q @ k.transpose(-1, -2) * 32**-0.5).masked_fill(~causal, float("-inf")).softmax(-1)
+    per_block = mass.sum(2).unflatten(-1, (32, 64)).sum(-1)[0, 0]
+
+    def recall(blocks):
+        return float(per_block[blocks].sum() / 64)
+
+    chosen = select_blocks(q, k, block_bounds(k, 16), budget=512, sinks=4, window=64).idx[0, 0, 0]
+    always = torch.tensor([0, 30, 31])  # sinks, and a window of 64 tokens from the block's first row on
+    oracle = torch.cat([always, per_block.index_fill(0, always, 0).topk(5).indices])
+    assert recall(chosen) >= 0.9 * recall(oracle)
+    assert recall(chosen) > recall(torch.tensor([0, *range(25, 32)])) + 0.1
