@@ -1,0 +1,1 @@
+"""Evaluations that run a model unpatched and patched on the same inputs."""
