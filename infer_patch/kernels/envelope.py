@@ -1,9 +1,12 @@
-"""Block envelopes: an upper bound on every score of a key block, and the choice of blocks from it.
+"""Block envelopes: a bound on every score of a key block, and the choice of blocks from it.
 
-K+ and K- are the element-wise maximum and minimum over the keys of a score block. Then for every key of the block
-    q . k <= u(q, j) = max(q, 0) . K+_j + min(q, 0) . K-_j
-(Quest, arXiv 2406.10774). A query block scores a key block by the sum of softmax_j(u) over sampled rows and all query
-heads of the key head, and an attention block by the best score block in it.
+The envelope of a score block is its element-wise minimum K- and maximum K+, kept as centre c = (K+ + K-) / 2 and
+half-width h = (K+ - K-) / 2. For every key of the block
+    q . k <= u(q, j) = max(q, 0) . K+_j + min(q, 0) . K-_j = q . c_j + |q| . h_j
+(Quest, arXiv 2406.10774). With rotary embedding the bound is loose: fast-turning channels fill their whole range in
+any block. So the score is q . c_j + slack |q| . h_j; slack 1 is the bound, less of it ranks blocks better in practice.
+A query block scores a key block by the sum of softmax_j(score) over sampled rows and all query heads of the key head,
+and an attention block by the best score block in it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from infer_patch.kernels.block_mask import BlockMask
 _SCORES_PER_CALL = 1 << 22
 
 
-def block_bounds(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(K-, K+) of the full and the last, ragged block: k [B, H_kv, S, D] -> two of [B, H_kv, ceil(S / block), D]."""
+def block_envelope(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(centre, half-width) of all blocks: k [B, H_kv, S, D] -> two of [B, H_kv, ceil(S / block), D]."""
     full = k.shape[2] // block
     blocks = k[:, :, : full * block].unflatten(2, (full, block))
     low, high = blocks.amin(3), blocks.amax(3)
@@ -25,36 +28,41 @@ def block_bounds(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
         rest = k[:, :, full * block :]
         low = torch.cat([low, rest.amin(2, keepdim=True)], 2)
         high = torch.cat([high, rest.amax(2, keepdim=True)], 2)
-    return low, high
+    return (high + low) / 2, (high - low) / 2
 
 
-def upper_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """u(q, j): q [..., R, D] and bounds [..., n, D] -> [..., R, n]."""
-    return q.clamp(min=0) @ high.transpose(-1, -2) + q.clamp(max=0) @ low.transpose(-1, -2)
+def envelope_scores(q: Tensor, envelope: tuple[Tensor, Tensor], slack: float) -> Tensor:
+    """q . c + slack |q| . h: q [..., R, D] and envelopes [..., n, D] -> [..., R, n]; slack 1 bounds every q . k."""
+    centre, half_width = envelope
+    scores = q @ centre.transpose(-1, -2)
+    return scores + q.abs() @ half_width.transpose(-1, -2) * slack if slack else scores
 
 
-def score_blocks(q: Tensor, low: Tensor, high: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Sum over rows of softmax_j(scale * u): the reference form, in fp32.
+def score_blocks(q: Tensor, envelope: tuple[Tensor, Tensor], visible: Tensor, scale: float, slack: float) -> Tensor:
+    """Sum over rows of softmax_j(scale * score): the reference form, in fp32.
 
-    q [B, H_kv, n_q, R, D] (R sampled rows of a query block, all query heads of the key head), bounds
+    q [B, H_kv, n_q, R, D] (R sampled rows of a query block, all query heads of the key head), envelope two of
     [B, H_kv, n, D], visible bool [n_q, n] -> [B, H_kv, n_q, n]; 0 where invisible.
     """
-    bounds = upper_bounds(q.float(), low.float()[:, :, None], high.float()[:, :, None]) * scale
-    bounds = bounds.masked_fill(~visible[:, None], float("-inf"))
-    return bounds.softmax(-1).nan_to_num(0.0).sum(3)
+    scores = (
+        envelope_scores(q.float(), (envelope[0].float()[:, :, None], envelope[1].float()[:, :, None]), slack) * scale
+    )
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    return scores.softmax(-1).nan_to_num(0.0).sum(3)
 
 
 def select_blocks(
     q: Tensor,
     k: Tensor,
-    bounds: tuple[Tensor, Tensor],
+    envelope: tuple[Tensor, Tensor],
     *,
     budget: int,
     sinks: int,
     window: int,
     block: int = 64,
-    score_block: int = 16,
-    stride: int = 2,
+    score_block: int = 4,
+    slack: float = 0.25,
+    stride: int = 4,
     scale: float | None = None,
 ) -> BlockMask:
     """The `budget` tokens' worth of key blocks that each query block reads, one list per key head.
@@ -62,9 +70,11 @@ def select_blocks(
     Parameters
     ----------
     q, k : Tensor [B, H, T, D], [B, H_kv, S, D]
-    bounds : (K-, K+) of `k` in blocks of `score_block`, as `block_bounds` gives them.
+    envelope : (centre, half-width) of `k` in blocks of `score_block`, as `block_envelope` gives them.
     budget, sinks, window : int
         Tokens; the budget includes the always-listed sinks and window.
+    slack : float
+        Share of the half-width that counts, 0 to 1.
     stride : int
         Every stride-th row of a query block is scored, its last row always.
 
@@ -78,8 +88,10 @@ def select_blocks(
     scale = size**-0.5 if scale is None else scale
     score = torch.cat(
         [
-            _attention_block_scores(q, bounds, i, j, keys, stride, block, score_block, scale)
-            for i, j in _spans(first, last, queries, keys, block, batch * heads * block // stride)
+            _attention_block_scores(q, envelope, i, j, keys, stride, block, score_block, slack, scale)
+            for i, j in _spans(
+                first, last, queries, keys, block, batch * heads * block // stride * block // score_block
+            )
         ],
         2,
     )
@@ -94,14 +106,17 @@ def select_blocks(
     return BlockMask(best, count, block, block)
 
 
-def _spans(first: int, last: int, queries: int, keys: int, block: int, rows: int) -> list[tuple[int, int]]:
-    """Query blocks [i, j) scored together: whole blocks in stacks, a partial first and last block alone."""
+def _spans(first: int, last: int, queries: int, keys: int, block: int, per_block: int) -> list[tuple[int, int]]:
+    """Query blocks [i, j) scored together: whole blocks in stacks, a partial first and last block alone.
+
+    `per_block` is the number of scores of one query block with one key block.
+    """
     head = first + 1 if (keys - queries) % block or last == first + 1 else first
     tail = last - 1 if keys % block and last - 1 >= head else last
     spans = [(first, head)] if head > first else []
     i = head
     while i < tail:
-        j = min(tail, i + max(1, _SCORES_PER_CALL * 16 // max(rows * (i + 1) * block, 1)))
+        j = min(tail, i + max(1, _SCORES_PER_CALL // max(per_block * (i + 1), 1)))
         spans.append((i, j))
         i = j
     return spans + ([(tail, last)] if tail < last else [])
@@ -109,19 +124,19 @@ def _spans(first: int, last: int, queries: int, keys: int, block: int, rows: int
 
 def _attention_block_scores(
     q: Tensor,
-    bounds: tuple[Tensor, Tensor],
+    envelope: tuple[Tensor, Tensor],
     i: int,
     j: int,
     keys: int,
     stride: int,
     block: int,
     score_block: int,
+    slack: float,
     scale: float,
 ) -> Tensor:
     """Scores of query blocks [i, j): [B, H_kv, j - i, ceil(S / block)]."""
     batch, heads, queries, _ = q.shape
-    low, high = bounds
-    kv_heads, past = low.shape[1], keys - queries
+    kv_heads, past = envelope[0].shape[1], keys - queries
     a, b = max(i * block, past), min(j * block, keys)
     per = block // score_block
     columns = -(-keys // block)
@@ -131,12 +146,12 @@ def _attention_block_scores(
     rows = q[:, :, a - past : b - past].unflatten(1, (kv_heads, heads // kv_heads))
     rows = rows.unflatten(3, (j - i, -1)).transpose(2, 3)  # [B, H_kv, j - i, G, rows of a block, D]
     rows = rows.flip(4)[..., ::stride, :].flatten(3, 4)
-    bound = upper_bounds(rows.flatten(2, 3), low[:, :, :visible], high[:, :, :visible])
-    bound = bound.unflatten(2, (j - i, -1)).float() * scale
+    before_last = envelope[0][:, :, :visible], envelope[1][:, :, :visible]
+    scores = envelope_scores(rows.flatten(2, 3), before_last, slack).unflatten(2, (j - i, -1)).float() * scale
     if j - i > 1:
         before = torch.arange(i, j, device=q.device)[:, None, None] * per > torch.arange(visible, device=q.device)
-        bound = bound.masked_fill(~before, float("-inf"))
-    mass = bound.softmax(-1)
+        scores = scores.masked_fill(~before, float("-inf"))
+    mass = scores.softmax(-1)
     if i == 0:
         mass = mass.nan_to_num(0.0)  # the first query block has nothing before it
     mass = mass.sum(3).unflatten(-1, (-1, per)).amax(-1)

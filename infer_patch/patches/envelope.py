@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infer_patch.kernels.block_mask import BlockMask
-from infer_patch.kernels.envelope import block_bounds, select_blocks
+from infer_patch.kernels.envelope import block_envelope, select_blocks
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.selection import plain_attention_layers
 
@@ -19,23 +19,27 @@ BLOCK = 64
 @register("envelope")
 @dataclass(frozen=True, kw_only=True)
 class Envelope(Method):
-    """Each block of queries reads the key blocks that could hold its highest scores.
+    """Each block of queries reads the key blocks that are likely to hold its highest scores.
 
-    Per block of keys the element-wise minimum and maximum bound every score a query can have with it. A block of 64
-    queries ranks key blocks by the softmax of these bounds, summed over its rows and over the query heads that share
-    the key head, and reads the best ones, the first tokens and a recent window. The bound cannot miss an isolated peak,
-    which is what centre-of-block scores do. Prefill and decode; the cache keeps everything.
+    Per group of `score_block` keys the element-wise minimum and maximum bound every score a query can have with them. A
+    block of 64 queries ranks key blocks of 64 by the softmax of (a tightened form of) this bound, summed over its rows
+    and over the query heads that share the key head, and reads the best ones, the first tokens and a recent window.
+    Prefill and decode; the cache keeps everything.
 
     Parameters
     ----------
     budget : int
         Tokens each query block reads, sinks and window included (a multiple of 64).
     sinks, window : int
-        Tokens at the start and at the end that are always read; they reach out to blocks of 64.
+        Tokens at the start and at the end that are always read; they reach out to blocks of 64. A query's own block
+        is read in any case, so the default window leaves the rest of the budget to the ranking.
     score_block : int
-        Keys under one bound: 16, 32 or 64. Smaller finds better, larger scores faster.
+        Keys under one envelope: 4, 8, 16, 32 or 64. Smaller finds better, larger scores faster.
+    slack : float
+        Share of the envelope's half-width that counts: 1 is the upper bound (an isolated peak always outranks blocks
+        without one), 0 the block's centre. Rotary embedding makes the bound loose; see the measurements in the docs.
     stride : int
-        In prefill every stride-th query of a block is scored.
+        In prefill every stride-th query of a block is scored, its last one always.
     dense_below : int
         Up to this many keys, layers run dense (exact, and faster there).
     max_share : float
@@ -49,9 +53,10 @@ class Envelope(Method):
 
     budget: int = option(1024, "tokens each query block reads, sinks and window included")
     sinks: int = option(4, "first tokens always read, rounded up to 64")
-    window: int = option(128, "recent tokens always read")
-    score_block: int = option(16, "keys under one bound: 16, 32 or 64")
-    stride: int = option(2, "in prefill, score every stride-th query")
+    window: int = option(1, "recent tokens always read; the block of the query is read in any case")
+    score_block: int = option(4, "keys under one envelope: 4, 8, 16, 32 or 64")
+    slack: float = option(0.25, "share of the envelope's half-width that counts: 1 is the upper bound")
+    stride: int = option(4, "in prefill, score every stride-th query")
     dense_below: int = option(2048, "run dense up to this many keys")
     max_share: float = option(1.0, "run prefill dense above this share of causal key blocks")
 
@@ -68,7 +73,10 @@ class Envelope(Method):
             f"budget must be a multiple of {BLOCK} that holds sinks and window ({always * BLOCK} tokens), "
             f"got {self.budget}",
         )
-        self.require(self.score_block in (16, 32, 64), f"score_block must be 16, 32 or 64, got {self.score_block}")
+        self.require(
+            self.score_block in (4, 8, 16, 32, 64), f"score_block must be 4, 8, 16, 32 or 64, got {self.score_block}"
+        )
+        self.require(0 <= self.slack <= 1, f"slack must be between 0 and 1, got {self.slack}")
         self.require(1 <= self.stride <= BLOCK, f"stride must be 1 to {BLOCK}, got {self.stride}")
         self.require(self.dense_below >= 0, f"dense_below must be 0 or more tokens, got {self.dense_below}")
         self.require(0 < self.max_share <= 1, f"max_share must be above 0 and at most 1, got {self.max_share}")
@@ -94,31 +102,29 @@ class _Envelope(Runtime):
         return select_blocks(
             call.q,
             call.k,
-            self._bounds(call),
+            self._envelope(call),
             budget=config.budget,
             sinks=config.sinks,
             window=config.window,
             block=BLOCK,
             score_block=config.score_block,
+            slack=config.slack,
             stride=config.stride,
             scale=call.scale,
         )
 
-    def _bounds(self, call: Any) -> tuple[Tensor, Tensor]:
-        """Bounds of all key blocks; only blocks that changed since the last call are computed anew."""
+    def _envelope(self, call: Any) -> tuple[Tensor, Tensor]:
+        """Envelopes of all key blocks; only blocks that changed since the last call are computed anew."""
         size, keys = self.config.score_block, call.k.shape[2]
-        held = call.state.get("bounds")
-        if held is None:
-            bounds = block_bounds(call.k, size)
-        else:
-            (low, high), covered = held
+        envelope, covered = call.state.get("envelope", (None, 0))
+        if envelope is None:
+            envelope = block_envelope(call.k, size)
+        elif covered < keys:
             whole = covered // size  # blocks that were full then and cannot change
-            if covered == keys:
-                return low, high
-            new_low, new_high = block_bounds(call.k[:, :, whole * size :], size)
-            bounds = torch.cat([low[:, :, :whole], new_low], 2), torch.cat([high[:, :, :whole], new_high], 2)
-        call.state["bounds"] = bounds, keys
-        return bounds
+            newer = block_envelope(call.k[:, :, whole * size :], size)
+            envelope = tuple(torch.cat([old[:, :, :whole], new], 2) for old, new in zip(envelope, newer))
+        call.state["envelope"] = envelope, keys
+        return envelope
 
 
 def kept_share(budget: int, queries: int, keys: int) -> float:
