@@ -1,0 +1,66 @@
+"""The command `infer-patch`: one file per command. What is heavy is imported inside the commands, so help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from infer_patch.cli.bench import bench
+from infer_patch.cli.compare import compare
+from infer_patch.cli.demo import demo
+from infer_patch.cli.doctor import doctor
+from infer_patch.cli.list import show
+from infer_patch.errors import MissingDependencyError, PatchError
+
+
+class _Commands(TyperGroup):
+    """Says what a user can put right in one line; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (PatchError, MissingDependencyError) as error:
+            message = " ".join(str(error).split())
+            Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Training-free inference patches for Hugging Face models: one line on, one line off.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from infer_patch import __version__
+
+        typer.echo(f"infer-patch {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("demo")(demo)
+app.command("compare")(compare)
+app.command("list")(show)
+app.command("doctor")(doctor)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Entry point of `infer-patch` and `python -m infer_patch`."""
+    app(prog_name="infer-patch")
