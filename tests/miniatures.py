@@ -102,9 +102,7 @@ class Miniature:
         ids = {"image_token_id": IMAGE, "tie_word_embeddings": False}
         return AutoConfig.for_model(model_type, **parts, **ids, **self.multimodal)
 
-    def build(
-        self, *, attn_implementation: str | None = None, seed: int = 0, **overrides: Any
-    ) -> PreTrainedModel:
+    def build(self, *, attn_implementation: str | None = None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         """The same model on every call; `overrides` are settings of the text configuration."""
         if self.softcap and attn_implementation is None:
             attn_implementation = "eager"  # transformers 5.2 defaults to SDPA, which drops the cap silently
@@ -333,9 +331,7 @@ _ALL = [
     Miniature("qwen3_moe", text=_HEADS | {"num_experts": 4, **_TOP_2, "moe_intermediate_size": 48}),
     Miniature("llava", text=_LLAMA, vision=_CLIP | {"image_size": SMALL}, picture=_small),
     Miniature("llava_next", text=_LLAMA, vision=_CLIP | _TILE, multimodal=_GRID, picture=_tiled),
-    Miniature(
-        "llava_onevision", text=_QWEN2, vision=_SIGLIP | _TILE, multimodal=_GRID, picture=_tiled_if_alone
-    ),
+    Miniature("llava_onevision", text=_QWEN2, vision=_SIGLIP | _TILE, multimodal=_GRID, picture=_tiled_if_alone),
     Miniature("qwen2_vl", text={"rope_parameters": _MROPE}, vision=_QWEN2_VISION, **_QWEN_VL),
     Miniature("qwen2_5_vl", text={"rope_parameters": _MROPE}, vision=_QWEN3_VISION | _WINDOWED, **_QWEN_VL),
     Miniature(

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from miniatures import GREEDY, MINIATURES, text_inputs
+from miniatures import EOS, GREEDY, MINIATURES, text_inputs
 from rows import FEW, FEW_IDS, ROWS, inputs_for
 
 import infer_patch
@@ -59,7 +59,7 @@ def test_assisted_and_lookup_decoding(row, mini):
     with infer_patch.patch(model, list(row.methods)):
         greedy = generate(model, inputs, **GREEDY)
         assisted = generate(model, inputs, **GREEDY, assistant_model=assistant)
-        lookup = generate(model, inputs, **GREEDY, prompt_lookup_num_tokens=3)
+        lookup = generate(model, inputs, **GREEDY, prompt_lookup_num_tokens=3, eos_token_id=EOS)  # 5.2 needs an eos
     assert assisted.shape == lookup.shape == greedy.shape
     if row.draftable:
         assert torch.equal(assisted, greedy)
@@ -113,10 +113,15 @@ def test_second_turn_on_the_returned_cache(row, mini):
 def test_chunked_prefill(row, mini, chunk):
     model = mini.build()
     inputs = inputs_for(row, mini)
+    plain = generate(model, inputs, **GREEDY, prefill_chunk_size=chunk)
+    if not torch.equal(plain, generate(model, inputs, **GREEDY)):
+        pytest.skip("this transformers gives padded batches something else in chunks, unpatched (5.2 does)")
     with infer_patch.patch(model, list(row.methods)):
         whole = generate(model, inputs, **GREEDY)
         chunked = generate(model, inputs, **GREEDY, prefill_chunk_size=chunk)
     assert chunked.shape == whole.shape
+    if row.neutral:
+        assert torch.equal(chunked, plain)
     if row.chunkable:
         assert torch.equal(chunked, whole)
 
