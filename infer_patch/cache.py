@@ -7,6 +7,7 @@ still holds, oldest first. New tokens are appended, so physical order is always 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,8 +254,8 @@ class IndexedLayer(CacheLayerMixin):
     # What reports need
 
     def nbytes(self) -> int:
-        """Bytes of the rows held (not of the space allocated ahead)."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+        """Bytes of the rows held and of what methods keep beside them (not of the space allocated ahead)."""
+        return sum(t.numel() * t.element_size() for t in _tensors([self.keys, self.values, self.state]))
 
     @classmethod
     def can_adopt(cls, layer: Any) -> bool:
@@ -362,3 +363,12 @@ def _grown(held: Tensor, rows: int) -> Tensor:
     buffer = held.new_zeros(held.shape[0], held.shape[1], capacity, held.shape[3])
     buffer[:, :, : held.shape[2]] = held
     return buffer
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

@@ -218,6 +218,8 @@ def test_costs_by_length_and_against_the_first():
 
 
 def test_intervals_and_turns():
-    assert interval([1, 2, 3, 4, 5, 6]) == {"median": 3.5, "p20": 2.0, "p80": 5.0, "n": 6}
+    assert interval([1, 2, 3, 4, 5, 6]) == {"median": 3.5, "p20": 2.0, "p80": 5.0, "low": 1, "high": 6, "n": 6}
     assert overlap(interval([1, 2, 3]), interval([2, 3, 4])) and not overlap(interval([1, 2]), interval([3, 4]))
+    apart = interval([*range(10), 100]), interval([*range(20, 30), 0])  # but for an outlier each
+    assert not overlap(*apart) and overlap(interval([1, 2, 9]), interval([5, 5, 5]))
     assert [rotated("abc", turn) for turn in range(4)] == [list(x) for x in ("abc", "bca", "cab", "abc")]

@@ -79,10 +79,10 @@ def show(comparison: Comparison, console: Console, with_outputs: bool = True) ->
     """Print outputs, table, verdicts, and where the page is."""
     from infer_patch.report import tables
 
-    if with_outputs:
-        first = comparison.samples[0]["prompt"]
-        console.print(tables.outputs([s for s in comparison.samples if s["prompt"] == first]))
-    console.print(tables.comparison_table(comparison.summary))
+    names = list(dict.fromkeys(sample["prompt"] for sample in comparison.samples))
+    for name in names[:3] if with_outputs else ():
+        console.print(tables.outputs([s for s in comparison.samples if s["prompt"] == name]))
+    console.print(tables.comparison_table(comparison.summary, console.width))
     console.print(tables.verdicts(comparison.summary))
     if comparison.page is not None:
         console.print()

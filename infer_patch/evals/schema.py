@@ -85,11 +85,13 @@ class Sample(TypedDict):
 
 
 class Interval(TypedDict):
-    """Median and 20th and 80th percentile of `n` measurements."""
+    """Median, 20th and 80th percentile and range of `n` measurements."""
 
     median: float
     p20: float
     p80: float
+    low: float
+    high: float
     n: int
 
 
@@ -131,10 +133,11 @@ class Row(TypedDict):
     """One row of `summary.json`.
 
     `status`: "ok"; "dense" for a plan that was allowed to leave every layer as it is, and did; "failed" for a plan of
-    which a method never took effect; "reference" for the unpatched run and its controls.
+    which a method never took effect; "reference" for the unpatched run and its controls. `what` is the plan in a line.
     """
 
     name: str
+    what: str
     role: Literal["unpatched", "plan", "control"]
     status: Literal["ok", "dense", "failed", "reference"]
     verdict: str

@@ -62,7 +62,7 @@ class Session:
         self.model, self.processor, self.prompts, self.settings = model, processor, prompts, settings
         self.plans: dict[str, Plan | None] = {UNPATCHED: None, **{plan.name: plan for plan in plans}}
         self.samples: list[Sample] = []
-        self._findings = Findings(list(self.plans), list(settings.may_stay_dense))
+        self._findings = Findings(self.plans, list(settings.may_stay_dense))
         self._on_progress, self._on_sample = on_progress, on_sample
         self._with_drift = prompts[: settings.drift_prompts]
         self._done = 0

@@ -10,6 +10,7 @@ from infer_patch.evals.cost import Measurement, costs
 from infer_patch.evals.drift import Distances, pool
 from infer_patch.evals.schema import SCHEMA, Count, Effect, Row, Sample, Summary
 from infer_patch.evals.verdict import verdict
+from infer_patch.plan import Plan
 from infer_patch.stats import Report
 from infer_patch.stats import describe as describe_figures
 
@@ -20,15 +21,19 @@ OTHER_BACKEND = "unpatched, math SDPA"
 
 @dataclass
 class Findings:
-    """What the runs of a comparison brought: names of the runs, and per name samples, reports and distances."""
+    """What the runs of a comparison brought, by name of the run: the unpatched one first, then the plans."""
 
-    names: list[str]
+    plans: dict[str, Plan | None]
     may_stay_dense: list[str]
     measurements: list[Measurement] = field(default_factory=list)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     reports: dict[str, list[tuple[int, Report]]] = field(default_factory=dict)  # with the length of the prompt
     distances: dict[str, list[Distances]] = field(default_factory=dict)
     no_other_backend: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.plans)
 
     def add(self, sample: Sample, report: Report | None) -> None:
         self.samples.setdefault(sample["plan"], []).append(sample)
@@ -63,6 +68,7 @@ def _row(name: str, findings: Findings) -> Row:
     samples, effect = findings.samples[name], effects(findings.reports.get(name, []))
     silent = any(e["fired"]["count"] == 0 for e in effect)
     row = _empty(name)
+    row["what"] = _in_a_line(findings.plans[name])
     differences = [s["first_difference"] for s in samples if s["first_difference"] is not None]
     if name != UNPATCHED:
         row["role"] = "plan"
@@ -108,6 +114,7 @@ def _controls(findings: Findings) -> list[Row]:
 def _empty(name: str) -> Row:
     return {
         "name": name,
+        "what": "",
         "role": "unpatched",
         "status": "reference",
         "verdict": "",
@@ -119,6 +126,17 @@ def _empty(name: str) -> Row:
         "cost": [],
         "effect": [],
     }
+
+
+def _in_a_line(plan: Plan | None) -> str:
+    """sink_window(window=64, evict=True): each method with the options that are not defaults."""
+    if plan is None:
+        return "as loaded"
+    words = []
+    for method in plan:
+        options = [f"{name}={value}" for name, value in method.to_dict().items() if name != "method"]
+        words.append(f"{method.name}({', '.join(options)})")
+    return " + ".join(words) or "no method"
 
 
 def _count(values: Sequence[bool]) -> Count:

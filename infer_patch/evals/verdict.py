@@ -45,10 +45,9 @@ def _quality(row: Row, unpatched: Row) -> str:
         if same["count"] == same["of"]:
             text = "same output as unpatched" + (", to the last bit" if exact else "")
         else:
-            text = (
-                f"same output as unpatched on {same['count']} of {same['of']}, "
-                f"first difference at token {(row['earliest_difference'] or 0) + 1}"
-            )
+            first = (row["earliest_difference"] or 0) + 1
+            text = f"same output as unpatched on {same['count']} of {same['of']}, first difference at token {first}"
+            text += "" if drift is None else f", KL {drift['kl_mean']:.2g} nats per token"
         words = text if words is None else f"{words}, {text}"
     return words or "no output to compare"
 

@@ -61,7 +61,7 @@ def select_blocks(
     window: int,
     block: int = 64,
     score_block: int = 4,
-    slack: float = 0.25,
+    slack: float = 0.1,
     stride: int = 4,
     scale: float | None = None,
 ) -> BlockMask:

@@ -55,7 +55,7 @@ class Envelope(Method):
     sinks: int = option(4, "first tokens always read, rounded up to 64")
     window: int = option(1, "recent tokens always read; the block of the query is read in any case")
     score_block: int = option(4, "keys under one envelope: 4, 8, 16, 32 or 64")
-    slack: float = option(0.25, "share of the envelope's half-width that counts: 1 is the upper bound")
+    slack: float = option(0.1, "share of the envelope's half-width that counts: 1 is the upper bound")
     stride: int = option(4, "in prefill, score every stride-th query")
     dense_below: int = option(2048, "run dense up to this many keys")
     max_share: float = option(1.0, "run prefill dense above this share of causal key blocks")

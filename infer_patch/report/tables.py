@@ -14,24 +14,40 @@ from infer_patch.evals.schema import Cost, Interval, Row, Sample, Summary
 from infer_patch.evals.verdict import megabytes
 from infer_patch.report import formats
 
+_CUT = 400  # characters of an output
 _STYLES = {"failed": "red", "dense": "cyan", "ok": "green", "reference": "dim"}
 
 
-def comparison_table(summary: Summary) -> Table:
-    """Unpatched, plans and controls: quality, drift and cost, a row each."""
+def comparison_table(summary: Summary, width: int = 100) -> Table:
+    """Unpatched, plans and controls: quality, drift and cost, a row each.
+
+    Below 96 columns two columns are left to the page: same top-1, and keys read.
+    """
+    narrow = width < 96
     rows = summary["rows"]
     searched = rows[0]["found"] is not None
     lengths = [cost["prompt_tokens"] for cost in rows[0]["cost"]]
-    table = Table(title=summary["title"], title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=summary["title"],
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+    )
     table.add_column("", overflow="fold")
-    for heading in (["found"] if searched else []) + ["same\noutput", "KL per\ntoken", "top-1\nagrees"]:
+    for heading in (["found"] if searched else []) + ["same\noutput", "KL per\ntoken", "same\ntop-1"][
+        : 2 if narrow else 3
+    ]:
         table.add_column(heading, justify="right", no_wrap=True)
     at = f"first token\nat {lengths[0]:,}" if lengths else "first token"
-    for heading in (at, "per token\nafter it", "cache", "keys\nread"):
+    for heading in (at, "per token\nafter it", "cache", "keys\nread")[: 3 if narrow else 4]:
         table.add_column(heading, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         last_of_role = i + 1 == len(rows) or rows[i + 1]["role"] != row["role"]
-        table.add_row(*_cells(row, searched), style="dim" if row["role"] == "control" else "", end_section=last_of_role)
+        table.add_row(
+            *_cells(row, searched, narrow), style="dim" if row["role"] == "control" else "", end_section=last_of_role
+        )
     return table
 
 
@@ -40,7 +56,7 @@ def verdicts(summary: Summary) -> RenderableType:
     lines: list[RenderableType] = []
     for row in summary["rows"]:
         if row["role"] == "plan":
-            lines.append(Text(row["name"], style=f"bold {_STYLES[row['status']]}"))
+            lines.append(Text.assemble((row["name"], f"bold {_STYLES[row['status']]}"), (f"  {row['what']}", "dim")))
             lines.append(Padding(Text(row["verdict"]), (0, 0, 0, 2)))
         elif row["note"]:
             lines.append(Text(f"{row['name']}: {row['note']}", style="dim"))
@@ -48,19 +64,20 @@ def verdicts(summary: Summary) -> RenderableType:
 
 
 def outputs(samples: Sequence[Sample]) -> Table:
-    """The outputs of one prompt, one under the other; the text from the first differing token on stands out."""
+    """The outputs of one prompt, one under the other, cut; the text from the first differing token on stands out."""
     table = Table(show_header=False, pad_edge=False, box=SIMPLE_HEAD, title_justify="left", title=samples[0]["prompt"])
     table.add_column(style="bold", no_wrap=True)
     table.add_column(ratio=1, overflow="fold")
     for sample in samples:
         same, other = sample["output"][: sample["same_text"]], sample["output"][sample["same_text"] :]
-        identical = sample["flags"]["identical"]
-        text = Text(sample["output"]) if identical else Text.assemble(same, (other, "yellow"))
+        text = Text.assemble(same, other if sample["flags"]["identical"] else (other, "yellow"))
+        if len(text) > _CUT:
+            text = text[:_CUT].append(" ...", "dim")
         table.add_row(sample["plan"], text)
     return table
 
 
-def _cells(row: Row, searched: bool) -> list[str]:
+def _cells(row: Row, searched: bool, narrow: bool) -> list[str]:
     drift, cost = row["drift"], row["cost"][0] if row["cost"] else None
     cells = [row["name"]]
     if searched:
@@ -68,9 +85,10 @@ def _cells(row: Row, searched: bool) -> list[str]:
     cells += [
         formats.count(row["identical"]),
         formats.distance(drift and drift["kl_mean"]),
-        formats.share(drift and drift["top1"]),
     ]
-    return cells + _cost_cells(cost) + [_keys_read(row)]
+    if narrow:
+        return cells + _cost_cells(cost)
+    return [*cells, formats.share(drift and drift["top1"]), *_cost_cells(cost), _keys_read(row)]
 
 
 def _cost_cells(cost: Cost | None) -> list[str]:
