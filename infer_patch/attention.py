@@ -147,9 +147,10 @@ def attention_forward(
 
 
 class _Forwards(threading.local):
-    """How many patched models this thread is in the forward of."""
+    """The engines whose models this thread is in the forward of."""
 
-    depth = 0
+    def __init__(self) -> None:
+        self.open: set[int] = set()
 
 
 forwards = _Forwards()
@@ -159,7 +160,7 @@ def mask_forward(*, config: Any, **kwargs: Any) -> Any:
     """The mask request of a patched model: put off (`LazyMask`) within a forward that methods take part in."""
     name = config._attn_implementation
     mask = LazyMask(ALL_MASK_ATTENTION_FUNCTIONS.get(name.base, sdpa_mask), dict(kwargs, config=config))
-    return mask if name.lazy and forwards.depth else mask.dense()
+    return mask if name.lazy and forwards.open else mask.dense()
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)

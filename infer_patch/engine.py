@@ -90,6 +90,7 @@ class Engine:
 
     def remove(self) -> None:
         """Take everything off again. Calling it twice does nothing."""
+        forwards.open.discard(id(self))  # a keyboard interrupt skips hooks, `always_call` ones too
         self._installation.remove()
 
     def _port(self, layer: int, implementation: str) -> Port:
@@ -104,7 +105,7 @@ class Engine:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         thread = self._thread
         if module is self.parts.root or not thread.open:
-            forwards.depth += not thread.open
+            forwards.open.add(id(self))
             thread.open, thread.inputs, thread.run = [], {}, None
         thread.open.append(module)
         given = dict(zip(self._parameters[module], args)) | kwargs
@@ -137,7 +138,7 @@ class Engine:
         if module in thread.open:
             del thread.open[thread.open.index(module) :]
             if not thread.open:
-                forwards.depth -= 1
+                forwards.open.discard(id(self))
                 thread.inputs, thread.run = {}, None
         return output
 

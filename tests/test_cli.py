@@ -69,7 +69,8 @@ def test_list_as_json():
     assert [m["name"] for m in found["methods"]] == list(infer_patch.methods())
     assert [p["name"] for p in found["presets"]] == infer_patch.presets()
     envelope = next(m for m in found["methods"] if m["name"] == "envelope")
-    assert {"name": "stride", "type": "int", "default": 2}.items() <= envelope["options"][4].items()
+    stride = next(option for option in envelope["options"] if option["name"] == "stride")
+    assert (stride["type"], stride["default"]) == ("int", 4)
     assert "refuses" in envelope["models"]
     assert [m["name"] for m in json.loads(call("list", "fastv", "--json").stdout)["methods"]] == ["fastv"]
 

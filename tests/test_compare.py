@@ -112,6 +112,12 @@ def test_one_silent_method_of_two_is_named(model):
     assert "sink_window" not in found.verdicts["both"]
 
 
+def test_a_plan_that_fires_now_and_then_says_so(model):
+    on = [*prompts(), Prompt(inputs=text_inputs(LLAMA, (40,)))]
+    found = run(model, [WINDOW], on=on)
+    assert not found.failed and "sink_window took effect on 1 of 2 prompts only" in found.verdicts["window"]
+
+
 def test_answers_cache_and_flags(model):
     first = run(model, [EVICT]).samples[0]
     found = run(model, [EVICT], on=prompts(answer=first["output"].split()[0].upper()))

@@ -84,6 +84,26 @@ def test_caches_that_cannot_be_patched(make):
         model.generate(**inputs, **GREEDY)
 
 
+def test_an_interrupted_forward_leaves_nothing_open():
+    """A keyboard interrupt skips even those hooks that torch calls after exceptions."""
+    mini = MINIATURES["llama"]
+    model = mini.build()
+    inputs = text_inputs(mini, lengths=(30, 20))
+    expected = model.generate(**inputs, **GREEDY, cache_implementation="static")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with infer_patch.patch(model, WINDOW):
+        hook = model.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        hook.remove()
+        model.generate(**inputs, **GREEDY)
+    with infer_patch.patch(model, []):
+        assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
+
+
 def test_the_identity_plan_serves_static_caches():
     model = MINIATURES["llama"].build()
     inputs = text_inputs(MINIATURES["llama"], lengths=(30, 20))

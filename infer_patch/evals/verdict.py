@@ -17,6 +17,10 @@ def verdict(row: Row, unpatched: Row) -> str:
     if row["status"] == "dense":
         reasons = sorted({r for e in row["effect"] for r in e["figures"].get("dense_calls", {})})
         words.insert(0, f"ran dense throughout ({', '.join(reasons) or 'nothing to leave out'})")
+    for effect in row["effect"]:
+        fired = effect["fired"]
+        if 0 < fired["count"] < fired["of"]:
+            words.append(f"{effect['method']} took effect on {fired['count']} of {fired['of']} prompts only")
     if row["cost"] and unpatched["cost"]:
         words += _speed(row["cost"][0], unpatched["cost"][0])
         words += _memory(row["cost"][0], unpatched["cost"][0])
