@@ -177,6 +177,8 @@ def test_progress_counts_to_its_total(model):
         ([], None, "at least one plan"),
         ([WINDOW, WINDOW], None, "window stands for more than one"),
         ([Plan(name="unpatched")], None, "different names"),
+        ([Plan(name="a b"), Plan(name="a-b")], None, "a-b stands for more than one"),
+        ([WINDOW], prompts(2, name="twin"), "twin stands for more than one"),
         ([Plan((FastV(),))], None, "fastv"),
         ([WINDOW], [Prompt()], "empty"),
         ([WINDOW], [Prompt(input_ids=(9,) * 4000)], "4,000 tokens"),

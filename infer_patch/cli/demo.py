@@ -81,6 +81,6 @@ def needle_prompts(tokenizer: Any, count: int) -> list[Prompt]:
     for seed in range(count):
         depth = (first + last) / 2 if count == 1 else first + (last - first) * seed / (count - 1)
         needle = needle_prompt(tokenizer, TOKENS, depth, seed=seed, answer_prefix=True)
-        name = f"needle at {needle.depth:.0%}"
+        name = f"needle {seed + 1}, at {needle.depth:.0%}"
         prompts.append(Prompt(needle.text, name, answer=needle.answer, input_ids=tuple(needle.input_ids)))
     return prompts

@@ -13,9 +13,10 @@ from infer_patch.api import patch
 from infer_patch.availability import require
 from infer_patch.errors import PatchError, PlanError
 from infer_patch.evals.prompts import Prompt
-from infer_patch.evals.results import ResultFolder, git_commit
+from infer_patch.evals.results import ResultFolder, file_name, git_commit
 from infer_patch.evals.schema import SCHEMA, Manifest, ModelFacts, Sample, Summary
-from infer_patch.evals.session import UNPATCHED, Session, make_ready
+from infer_patch.evals.session import Session, make_ready
+from infer_patch.evals.summary import OTHER_BACKEND, REPEATED, UNPATCHED
 from infer_patch.families import describe
 from infer_patch.machine import machine
 from infer_patch.plan import Plan, PlanLike
@@ -126,6 +127,8 @@ def compare(
     ready = [make_ready(i, p, processor, model, chat) for i, p in enumerate(prompts)]
     if not ready:
         raise PatchError("nothing to compare on: give at least one prompt.")
+    if twice := _repeated([prompt.name for prompt in ready]):
+        raise PatchError(f"prompts need different names to be told apart; {twice} stands for more than one.")
     manifest: Manifest = {
         "schema": SCHEMA,
         "kind": kind,
@@ -180,15 +183,19 @@ def model_facts(model: Any, model_id: str = "") -> ModelFacts:
 def _checked(model: Any, plans: Sequence[PlanLike]) -> list[Plan]:
     """The plans, each known to fit the model."""
     wanted = [Plan.of(plan) for plan in plans]
-    names = [UNPATCHED, *(plan.name for plan in wanted)]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise PlanError(f"plans need different names to be told apart; {', '.join(twice)} stands for more than one.")
+    names = [file_name(name) for name in (UNPATCHED, REPEATED, OTHER_BACKEND, *(plan.name for plan in wanted))]
+    if twice := _repeated(names):
+        raise PlanError(f"plans need different names to be told apart; {twice} stands for more than one.")
     if not wanted:
         raise PlanError("nothing to compare: give at least one plan.")
     for plan in wanted:
         patch(model, plan).remove()
     return wanted
+
+
+def _repeated(names: Sequence[str]) -> str:
+    """What occurs more than once, as a list in words; empty when nothing does."""
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))
 
 
 def _settings(settings: Settings, prompts: int, chat: bool | None) -> dict[str, Any]:
