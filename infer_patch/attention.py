@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from infer_patch.engine import Engine
 
 NAME = "infer_patch"
+DenseAttention = Callable[..., "tuple[Tensor, Tensor | None]"]
 PORT = "_infer_patch"  # attribute of a patched attention module
 
 
@@ -103,20 +104,16 @@ class LazyMask:
 
 
 class Port:
-    """What a patched attention module carries: its layer's number, its own implementation, and the engine."""
+    """What a patched attention module carries: its layer's number, its own attention function, and the engine."""
 
-    def __init__(self, engine: Engine, layer: int, implementation: str, active: bool):
+    def __init__(self, engine: Engine, layer: int, dense: DenseAttention, active: bool):
         self.engine = engine
         self.layer = layer
-        self.implementation = implementation
+        self.dense = dense
         self.active = active  # does any method need to see this layer's attention?
 
-    def dense(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """The model's own attention."""
-        return base_attention(module, self.implementation)(module, *args, **kwargs)
 
-
-def base_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def base_attention(module: nn.Module, implementation: str) -> DenseAttention:
     """The attention function a module would call without us.
 
     Raises

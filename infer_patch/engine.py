@@ -19,11 +19,11 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from infer_patch.attend import attend
-from infer_patch.attention import LazyMask, Port, forwards
+from infer_patch.attention import DenseAttention, ImplementationName, LazyMask, Port, forwards
 from infer_patch.cache import IndexedLayer, cache_bytes
 from infer_patch.errors import UnsupportedCallError
 from infer_patch.families import ModelParts
-from infer_patch.installation import Installation
+from infer_patch.installation import Installation, LayerHook
 from infer_patch.method import Method, Runtime
 from infer_patch.plan import Plan
 from infer_patch.run import Run, ThreadState, padding_mask
@@ -82,7 +82,7 @@ class Engine:
             for module in self.parts.path if self.methods else ():
                 installation.add_hooks(module, self._enter, self._leave, always=True)
             for number in range(self.first_reduced, self.parts.num_layers):
-                gather, scatter = _LayerHook(self, number, "_gather"), _LayerHook(self, number, "_scatter")
+                gather, scatter = LayerHook(self, number, "_gather"), LayerHook(self, number, "_scatter")
                 installation.add_hooks(self.parts.layers[number], gather, scatter)
         except BaseException:
             installation.remove()
@@ -93,9 +93,9 @@ class Engine:
         forwards.open.discard(id(self))  # a keyboard interrupt skips hooks, `always_call` ones too
         self._installation.remove()
 
-    def _port(self, layer: int, implementation: str) -> Port:
+    def _port(self, layer: int, dense: DenseAttention) -> Port:
         served = (self.selectors, self.calibrators, self.observers, self.stores)
-        return Port(self, layer, implementation, layer >= self.first_reduced or any(layer in s for s in served))
+        return Port(self, layer, dense, layer >= self.first_reduced or any(layer in s for s in served))
 
     def attend(self, port: Port, module: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
         return attend(self, port, module, *args)
@@ -148,6 +148,10 @@ class Engine:
         if source is None or source.shape[1] == 0:
             return None, cache
         training = torch.is_grad_enabled() and self.parts.text_model.training
+        if not isinstance(self.parts.text_model.config._attn_implementation, ImplementationName):
+            raise UnsupportedCallError(
+                "the attention implementation was changed while the model was patched; unpatch, change it, patch again."
+            )
         names = ("gradient_checkpointing", "activation_checkpointing")  # the latter from transformers 5.2x on
         if training and any(getattr(layer, name, False) for layer in self.parts.layers for name in names):
             raise UnsupportedCallError("gradient checkpointing re-runs layers out of order; switch it off, or unpatch.")
@@ -215,12 +219,11 @@ class Engine:
             store = self.stores.get(i)
             wanted = i in self.selectors or (tokens.image is not None and i >= self.first_reduced)
             if isinstance(held, IndexedLayer):
-                if store is None or held.made_by is store:
+                if held.made_by is store:
                     continue
-                if held.rows == 0 or (type(held) is IndexedLayer and held.start is None):
-                    swaps.append((i, store.cache_layer(i)))
-                else:
+                if held.rows and (held.made_by is not None or held.start is not None):
                     raise UnsupportedCallError("this cache was filled under another plan; start again from the prompt.")
+                swaps.append((i, store.cache_layer(i) if store is not None else IndexedLayer()))
             elif store is not None or wanted:
                 swaps.append((i, store.cache_layer(i) if store is not None else IndexedLayer()))
         for i, fresh in swaps:
@@ -296,13 +299,3 @@ class Engine:
         full = run.reduction.scatter(run.full, rows, inplace=not run.keep_outputs)
         run.full = None
         return (full, *output[1:]) if isinstance(output, tuple) else full
-
-
-class _LayerHook:
-    """A hook of one decoder layer (a plain object, so that patched models can be copied and pickled)."""
-
-    def __init__(self, engine: Engine, number: int, method: str):
-        self.engine, self.number, self.method = engine, number, method
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], other: Any) -> Any:
-        return getattr(self.engine, self.method)(self.number, args, other)

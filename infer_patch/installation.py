@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from infer_patch.attention import PORT, ImplementationName, Port, base_attention
+from infer_patch.attention import PORT, DenseAttention, ImplementationName, Port, base_attention
 from infer_patch.errors import UnsupportedModelError
 from infer_patch.families import ModelParts
 
@@ -50,16 +50,15 @@ class Installation:
                 self._configs.append((module, config))
                 module.config = copies[id(config)]
 
-    def add_ports(self, make: Callable[[int, str], Port]) -> None:
-        """Give each attention module its port: make(layer, name of the model's own implementation)."""
+    def add_ports(self, make: Callable[[int, DenseAttention], Port]) -> None:
+        """Give each attention module its port: make(layer, the model's own attention function)."""
         for layer, module in enumerate(self.parts.attentions):
             name = getattr(getattr(module, "config", None), "_attn_implementation", None)
             if not isinstance(name, ImplementationName):
                 raise UnsupportedModelError(
                     f"{self.parts.model_type}: attention of layer {layer} does not read the text model's configuration."
                 )
-            base_attention(module, name.base)  # refuse now rather than in the first forward
-            setattr(module, PORT, make(layer, name.base))
+            setattr(module, PORT, make(layer, base_attention(module, name.base)))
 
     def add_hooks(self, module: nn.Module, before: Any, after: Any, always: bool = False) -> None:
         """A forward pre-hook, and a forward hook that comes before all others (`always`: after exceptions too)."""
@@ -75,3 +74,13 @@ class Installation:
         while self._configs:
             module, config = self._configs.pop()
             module.config = config
+
+
+class LayerHook:
+    """A hook of one decoder layer (a plain object, so that patched models can be copied and pickled)."""
+
+    def __init__(self, engine: Any, number: int, method: str):
+        self.engine, self.number, self.method = engine, number, method
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], other: Any) -> Any:
+        return getattr(self.engine, self.method)(self.number, args, other)

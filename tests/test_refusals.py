@@ -125,6 +125,25 @@ def test_a_cache_filled_under_another_plan():
         model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
 
 
+def test_an_evicted_cache_under_a_plan_that_does_not_store():
+    model = MINIATURES["llama"].build()
+    inputs = text_inputs(MINIATURES["llama"], lengths=(300,))
+    with infer_patch.patch(model, WINDOW):
+        cache = model(**inputs).past_key_values
+    mask = torch.ones(1, 301, dtype=torch.long)
+    with infer_patch.patch(model, Envelope()), pytest.raises(UnsupportedCallError, match="another plan"):
+        model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_changing_the_attention_implementation_under_a_patch():
+    model = MINIATURES["llama"].build()
+    inputs = text_inputs(MINIATURES["llama"], lengths=(30,))
+    with infer_patch.patch(model, WINDOW):
+        model.set_attn_implementation("eager")
+        with pytest.raises(UnsupportedCallError, match="changed while the model was patched"):
+            model(**inputs)
+
+
 def test_calls_that_cannot_be_served():
     mini = MINIATURES["llama"]
     model = mini.build()
