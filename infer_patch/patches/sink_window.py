@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from infer_patch.cache import IndexedLayer, WindowedLayer
+from infer_patch.cache import IndexedLayer
 from infer_patch.kernels.block_mask import BlockMask, sink_window_blocks
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.selection import plain_attention_layers
+from infer_patch.windowed_cache import WindowedLayer
 
 BLOCK = 64
 
