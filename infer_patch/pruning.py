@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from infer_patch.errors import UnsupportedModelError
 from infer_patch.families import ModelParts
+from infer_patch.method import Method, option
 from infer_patch.tokens import Tokens
 
 
-def require_visual_tokens(method: str, parts: ModelParts) -> None:
-    """Raise `UnsupportedModelError` unless the model tells visual tokens by a placeholder id."""
-    if not parts.image_token_ids:
-        raise UnsupportedModelError(
-            f"{method} prunes visual tokens, and {parts.model_type} has none (no vision configuration with an image "
-            "token id was found)."
-        )
+@dataclass(frozen=True, kw_only=True)
+class LayerPruning(Method):
+    """Options of methods that drop a share of the visual tokens once, at the input of one decoder layer."""
+
+    layer: int = option(2, "K: first layer that runs without the dropped tokens")
+    drop_ratio: float = option(0.5, "R: share of visual tokens to drop")
+    pool: str = option("per_image", "shares per picture or over all: per_image, global")
+
+    ports = ("reduce",)
+    modality = "vision"
+    first_layer: ClassVar[int] = 0  # the smallest `layer`
+
+    def validate(self) -> None:
+        least, layer = self.first_layer, self.layer
+        self.require(self.layers is None, "set `layer` (K), not `layers`")
+        self.require(isinstance(layer, int) and layer >= least, f"layer must be {least} or more, got {layer!r}")
+        self.require(0 <= self.drop_ratio < 1, f"drop_ratio must be at least 0 and below 1, got {self.drop_ratio}")
+        self.require(self.pool in ("per_image", "global"), f"pool must be per_image or global, got {self.pool!r}")
+
+    def applicable_layers(self, parts: ModelParts) -> tuple[int, ...]:
+        if not parts.image_token_ids:
+            raise UnsupportedModelError(
+                f"{self.name} prunes visual tokens, and {parts.model_type} has none (no vision configuration with an "
+                "image token id was found)."
+            )
+        self.require(self.layer < parts.num_layers, f"layer {self.layer} of a model with {parts.num_layers} layers")
+        return (self.layer,)
 
 
 def count_to_keep(tokens: Tensor, drop_ratio: float) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infer_patch.method import Method, Runtime, option, register
-from infer_patch.pruning import keep_best, require_visual_tokens
+from infer_patch.method import Runtime, register
+from infer_patch.pruning import LayerPruning, keep_best
 
 
 @register("fastv")
 @dataclass(frozen=True, kw_only=True)
-class FastV(Method):
+class FastV(LayerPruning):
     """Layer K-1's attention from the last prompt token ranks the visual tokens; layers K and up go on without the rest.
 
     Real dropping, in prefill: dropped tokens are not computed and not cached from layer K on. Positions of the
@@ -35,25 +35,9 @@ class FastV(Method):
     Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764, ECCV 2024.
     """
 
-    layer: int = option(2, "K: first layer that runs without the dropped tokens")
-    drop_ratio: float = option(0.5, "R: share of visual tokens to drop")
-    pool: str = option("per_image", "shares per picture or over all: per_image, global")
-
-    ports = ("reduce",)
     paper = "arXiv 2403.06764"
     summary = "drop visual tokens that the last prompt token hardly reads"
-    modality = "vision"
-
-    def validate(self) -> None:
-        self.require(self.layers is None, "set `layer` (K), not `layers`")
-        self.require(isinstance(self.layer, int) and self.layer >= 1, f"layer must be 1 or more, got {self.layer!r}")
-        self.require(0 <= self.drop_ratio < 1, f"drop_ratio must be at least 0 and below 1, got {self.drop_ratio}")
-        self.require(self.pool in ("per_image", "global"), f"pool must be per_image or global, got {self.pool!r}")
-
-    def applicable_layers(self, parts: Any) -> tuple[int, ...]:
-        require_visual_tokens(self.name, parts)
-        self.require(self.layer < parts.num_layers, f"layer {self.layer} of a model with {parts.num_layers} layers")
-        return (self.layer,)
+    first_layer = 1  # layer K - 1 is the judge
 
     def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
         return _FastV(self, parts, layers)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infer_patch.method import Method, Runtime, option, register
-from infer_patch.pruning import keep_best, require_visual_tokens
+from infer_patch.method import Runtime, option, register
+from infer_patch.pruning import LayerPruning, keep_best
 
 
 @register("random")
 @dataclass(frozen=True, kw_only=True)
-class RandomPruning(Method):
+class RandomPruning(LayerPruning):
     """Layers K and up go on without a random share of the visual tokens. A control, not a method.
 
     Drops for real, like `fastv`, with the same counts. The draw depends on the seed and on a token's place among the
@@ -32,25 +32,9 @@ class RandomPruning(Method):
         Seed of the draw.
     """
 
-    layer: int = option(2, "K: first layer that runs without the dropped tokens")
-    drop_ratio: float = option(0.5, "share of visual tokens to drop")
-    pool: str = option("per_image", "shares per picture or over all: per_image, global")
     seed: int = option(0, "seed of the draw")
 
-    ports = ("reduce",)
     summary = "drop random visual tokens (the control at equal budget)"
-    modality = "vision"
-
-    def validate(self) -> None:
-        self.require(self.layers is None, "set `layer` (K), not `layers`")
-        self.require(isinstance(self.layer, int) and self.layer >= 0, f"layer must be 0 or more, got {self.layer!r}")
-        self.require(0 <= self.drop_ratio < 1, f"drop_ratio must be at least 0 and below 1, got {self.drop_ratio}")
-        self.require(self.pool in ("per_image", "global"), f"pool must be per_image or global, got {self.pool!r}")
-
-    def applicable_layers(self, parts: Any) -> tuple[int, ...]:
-        require_visual_tokens(self.name, parts)
-        self.require(self.layer < parts.num_layers, f"layer {self.layer} of a model with {parts.num_layers} layers")
-        return (self.layer,)
 
     def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
         return _RandomPruning(self, parts, layers)
