@@ -35,3 +35,7 @@ def test_importing_the_package_and_its_methods():
 
 def test_importing_the_command_line():
     run("import infer_patch.cli")
+
+
+def test_help_needs_no_torch():
+    run("import infer_patch.cli; assert 'torch' not in sys.modules, 'torch was imported'")
