@@ -28,7 +28,7 @@ def test_the_bound_holds_for_every_key(seed, keys, block):
 
 
 @pytest.mark.parametrize("queries, keys", [(700, 700), (130, 700), (1, 700), (5, 642), (64, 640), (300, 1000)])
-@pytest.mark.parametrize("score_block", [4, 16, 64])
+@pytest.mark.parametrize("score_block", [1, 4, 16, 64])
 def test_lists_are_valid_and_within_budget(queries, keys, score_block):
     q, k = qk(0, queries, keys)
     mask = select_blocks(q, k, block_envelope(k, score_block), score_block=score_block, **OPTIONS)
@@ -40,21 +40,22 @@ def test_lists_are_valid_and_within_budget(queries, keys, score_block):
     assert seen[..., always].all()
 
 
-def test_scores_equal_the_formula():
+@pytest.mark.parametrize("score_block", [1, 16])
+def test_scores_equal_the_formula(score_block):
     """Blocks chosen for whole query blocks are those of the plain fp32 formula."""
     q, k = qk(1, 640, 640)
-    envelope = block_envelope(k, 16)
-    mask = select_blocks(q, k, envelope, score_block=16, slack=0.5, stride=1, budget=192, sinks=0, window=1)
+    per, envelope = 64 // score_block, block_envelope(k, score_block)
+    mask = select_blocks(q, k, envelope, score_block=score_block, slack=0.5, stride=1, budget=192, sinks=0, window=1)
     rows = q.unflatten(1, (2, 3)).unflatten(3, (10, 64)).transpose(2, 3).flatten(3, 4)
-    visible = torch.arange(40) < torch.arange(10)[:, None] * 4
-    scores = score_blocks(rows, envelope, visible, 32**-0.5, 0.5).unflatten(-1, (10, 4)).amax(-1)
+    visible = torch.arange(10 * per) < torch.arange(10)[:, None] * per
+    scores = score_blocks(rows, envelope, visible, per, 32**-0.5, 0.5)
     for i in range(4, 10):
-        best = scores[:, :, i].masked_fill(torch.arange(10) >= i, -1).topk(2).indices
+        best = scores[:, :, i].masked_fill(torch.arange(10) >= i, float("-inf")).topk(2).indices
         expected = torch.cat([best, torch.full_like(best[..., :1], i)], -1).sort(-1).values
         assert torch.equal(mask.idx[:, :, i], expected)
 
 
-@pytest.mark.parametrize("score_block", [16, 32, 64])
+@pytest.mark.parametrize("score_block", [1, 16, 32, 64])
 @pytest.mark.parametrize("queries", [1, 40, 700])
 def test_a_needle_is_always_listed(queries, score_block):
     for seed in range(10):
@@ -68,7 +69,7 @@ def test_a_needle_is_always_listed(queries, score_block):
 def test_a_larger_budget_lists_a_superset():
     q, k = qk(3, 900, 900)
     small, large = (
-        token_mask(select_blocks(q, k, block_envelope(k, 4), **{**OPTIONS, "budget": budget}), 6, 900, 900)
+        token_mask(select_blocks(q, k, block_envelope(k, 1), **{**OPTIONS, "budget": budget}), 6, 900, 900)
         for budget in (256, 512)
     )
     assert (large | ~small).all() and large.sum() > small.sum()
@@ -76,12 +77,13 @@ def test_a_larger_budget_lists_a_superset():
 
 def test_block_aligned_chunks_choose_what_the_whole_prompt_chooses():
     q, k = qk(4, 640, 640)
-    whole = select_blocks(q, k, block_envelope(k, 4), **OPTIONS)
-    part = select_blocks(q[:, :, 256:512], k[:, :, :512], block_envelope(k[:, :, :512], 4), **OPTIONS)
+    whole = select_blocks(q, k, block_envelope(k, 1), **OPTIONS)
+    part = select_blocks(q[:, :, 256:512], k[:, :, :512], block_envelope(k[:, :, :512], 1), **OPTIONS)
     assert torch.equal(part.idx, whole.idx[:, :, 4:8])
 
 
-def test_recall_beats_sinks_and_window_and_nears_the_oracle():
+@pytest.mark.parametrize("score_block", [1, 4])
+def test_recall_beats_sinks_and_window_and_nears_the_oracle(score_block):
     """Attention mass on keys with locality, at equal budget and block size."""
     generator = torch.Generator().manual_seed(5)
     walk = torch.randn(1, 1, 2048, 32, generator=generator).cumsum(2)
@@ -94,8 +96,22 @@ def test_recall_beats_sinks_and_window_and_nears_the_oracle():
     def recall(blocks):
         return float(per_block[blocks].sum() / 64)
 
-    chosen = select_blocks(q, k, block_envelope(k, 4), budget=512, sinks=4, window=64).idx[0, 0, 0]
+    chosen = select_blocks(
+        q, k, block_envelope(k, score_block), budget=512, sinks=4, window=64, score_block=score_block
+    ).idx[0, 0, 0]
     always = torch.tensor([0, 30, 31])  # sinks, and a window of 64 tokens from the block's first row on
     oracle = torch.cat([always, per_block.index_fill(0, always, 0).topk(5).indices])
-    assert recall(chosen) >= 0.9 * recall(oracle)
+    # the score asks for the highest probability, the oracle for the most mass: near, not equal
+    assert recall(chosen) >= 0.85 * recall(oracle)
     assert recall(chosen) > recall(torch.tensor([0, *range(25, 32)])) + 0.1
+
+
+def test_one_row_outvotes_many_lukewarm_ones():
+    """The row that needs a block gets it, whatever the other 63 rows of its query block would rather read."""
+    torch.manual_seed(6)
+    k = 0.1 * torch.randn(1, 1, 640, 32)
+    q = torch.zeros(1, 2, 640, 32)
+    k[0, 0, 200, 0], q[0, 1, -1, 0] = 40.0, 4.0  # only the last row looks at block 3
+    k[0, 0, 300:600, 1], q[0, :, :-1, 1] = 6.0, 2.0  # all others prefer blocks 4 to 9
+    mask = select_blocks(q, k, block_envelope(k, 1), budget=192, sinks=0, window=1)
+    assert 3 in mask.idx[0, 0, -1].tolist()

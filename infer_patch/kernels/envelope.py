@@ -1,12 +1,13 @@
-"""Block envelopes: a bound on every score of a key block, and the choice of blocks from it.
+"""Block envelopes: a bound on every score of a few neighbouring keys, and the choice of key blocks from it.
 
 The envelope of a score block is its element-wise minimum K- and maximum K+, kept as centre c = (K+ + K-) / 2 and
 half-width h = (K+ - K-) / 2. For every key of the block
-    q . k <= u(q, j) = max(q, 0) . K+_j + min(q, 0) . K-_j = q . c_j + |q| . h_j
+    q . k <= max(q, 0) . K+_j + min(q, 0) . K-_j = q . c_j + |q| . h_j
 (Quest, arXiv 2406.10774). With rotary embedding the bound is loose: fast-turning channels fill their whole range in
-any block. So the score is q . c_j + slack |q| . h_j; slack 1 is the bound, less of it ranks blocks better in practice.
-A query block scores a key block by the sum of softmax_j(score) over sampled rows and all query heads of the key head,
-and an attention block by the best score block in it.
+any block. So the score is u = q . c_j + slack |q| . h_j; slack 1 is the bound, less of it ranks blocks better in
+practice. A score block of one key is exact: c is the key and there is no h.
+A query block scores a key block by the largest softmax_j(u) that any of its sampled rows, of any query head of the key
+head, gives any score block in it. (A sum over rows would let many lukewarm rows outvote the one that needs the block.)
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from torch import Tensor
 
 from infer_patch.kernels.block_mask import BlockMask
 
+Envelope = tuple[Tensor, Tensor | None]
+
 _SCORES_PER_CALL = 1 << 22
 
 
-def block_envelope(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(centre, half-width) of all blocks: k [B, H_kv, S, D] -> two of [B, H_kv, ceil(S / block), D]."""
+def block_envelope(k: Tensor, block: int) -> Envelope:
+    """(centre, half-width) of all blocks: k [B, H_kv, S, D] -> two of [B, H_kv, ceil(S / block), D]; or (k, None)."""
+    if block == 1:
+        return k, None
     full = k.shape[2] // block
     blocks = k[:, :, : full * block].unflatten(2, (full, block))
     low, high = blocks.amin(3), blocks.amax(3)
@@ -31,36 +36,37 @@ def block_envelope(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return (high + low) / 2, (high - low) / 2
 
 
-def envelope_scores(q: Tensor, envelope: tuple[Tensor, Tensor], slack: float) -> Tensor:
+def envelope_scores(q: Tensor, envelope: Envelope, slack: float) -> Tensor:
     """q . c + slack |q| . h: q [..., R, D] and envelopes [..., n, D] -> [..., R, n]; slack 1 bounds every q . k."""
     centre, half_width = envelope
     scores = q @ centre.transpose(-1, -2)
-    return scores + q.abs() @ half_width.transpose(-1, -2) * slack if slack else scores
+    if half_width is None or not slack:
+        return scores
+    return scores + q.abs() @ half_width.transpose(-1, -2) * slack
 
 
-def score_blocks(q: Tensor, envelope: tuple[Tensor, Tensor], visible: Tensor, scale: float, slack: float) -> Tensor:
-    """Sum over rows of softmax_j(scale * score): the reference form, in fp32.
+def score_blocks(q: Tensor, envelope: Envelope, visible: Tensor, per: int, scale: float, slack: float) -> Tensor:
+    """log max over rows and score blocks of softmax_j(scale u): the reference form, in fp32.
 
-    q [B, H_kv, n_q, R, D] (R sampled rows of a query block, all query heads of the key head), envelope two of
-    [B, H_kv, n, D], visible bool [n_q, n] -> [B, H_kv, n_q, n]; 0 where invisible.
+    q [B, H_kv, n_q, R, D] (R sampled rows of a query block, all query heads of the key head), envelope of n score
+    blocks, `per` of them to a key block, visible bool [n_q, n] -> [B, H_kv, n_q, n / per]; -inf where invisible.
     """
-    scores = (
-        envelope_scores(q.float(), (envelope[0].float()[:, :, None], envelope[1].float()[:, :, None]), slack) * scale
-    )
+    wide = tuple(x if x is None else x.float()[:, :, None] for x in envelope)
+    scores = envelope_scores(q.float(), wide, slack) * scale  # type: ignore[arg-type]
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    return scores.softmax(-1).nan_to_num(0.0).sum(3)
+    return scores.log_softmax(-1).nan_to_num(float("-inf")).unflatten(-1, (-1, per)).amax((-3, -1))
 
 
 def select_blocks(
     q: Tensor,
     k: Tensor,
-    envelope: tuple[Tensor, Tensor],
+    envelope: Envelope,
     *,
     budget: int,
     sinks: int,
     window: int,
     block: int = 64,
-    score_block: int = 4,
+    score_block: int = 1,
     slack: float = 0.1,
     stride: int = 4,
     scale: float | None = None,
@@ -124,7 +130,7 @@ def _spans(first: int, last: int, queries: int, keys: int, block: int, per_block
 
 def _attention_block_scores(
     q: Tensor,
-    envelope: tuple[Tensor, Tensor],
+    envelope: Envelope,
     i: int,
     j: int,
     keys: int,
@@ -134,25 +140,24 @@ def _attention_block_scores(
     slack: float,
     scale: float,
 ) -> Tensor:
-    """Scores of query blocks [i, j): [B, H_kv, j - i, ceil(S / block)]."""
+    """Scores of query blocks [i, j): [B, H_kv, j - i, ceil(S / block)], the logarithm of the largest probability."""
     batch, heads, queries, _ = q.shape
     kv_heads, past = envelope[0].shape[1], keys - queries
     a, b = max(i * block, past), min(j * block, keys)
     per = block // score_block
-    columns = -(-keys // block)
-    visible = (j - 1) * per  # score blocks wholly before the last of these query blocks
-    if visible == 0:
+    columns, before_last = -(-keys // block), j - 1
+    if before_last == 0:
         return q.new_zeros(batch, kv_heads, j - i, columns, dtype=torch.float32)
-    rows = q[:, :, a - past : b - past].unflatten(1, (kv_heads, heads // kv_heads))
+    rows = (q[:, :, a - past : b - past] * scale).unflatten(1, (kv_heads, heads // kv_heads))
     rows = rows.unflatten(3, (j - i, -1)).transpose(2, 3)  # [B, H_kv, j - i, G, rows of a block, D]
     rows = rows.flip(4)[..., ::stride, :].flatten(3, 4)
-    before_last = envelope[0][:, :, :visible], envelope[1][:, :, :visible]
-    scores = envelope_scores(rows.flatten(2, 3), before_last, slack).unflatten(2, (j - i, -1)).float() * scale
-    if j - i > 1:
-        before = torch.arange(i, j, device=q.device)[:, None, None] * per > torch.arange(visible, device=q.device)
-        scores = scores.masked_fill(~before, float("-inf"))
-    mass = scores.softmax(-1)
+    wholly_before = tuple(x if x is None else x[:, :, : before_last * per] for x in envelope)
+    scores = envelope_scores(rows.flatten(2, 3), wholly_before, slack)  # type: ignore[arg-type]
+    scores = scores.unflatten(2, (j - i, -1)).unflatten(-1, (before_last, per))
+    for row in range(j - i - 1):  # the later blocks of this stack do not lie before this query block
+        scores[:, :, row, :, i + row :] = float("-inf")
+    best = scores.amax(-1).float()
+    mass = (best - scores.flatten(-2).logsumexp(-1, keepdim=True).float()).amax(3)
     if i == 0:
-        mass = mass.nan_to_num(0.0)  # the first query block has nothing before it
-    mass = mass.sum(3).unflatten(-1, (-1, per)).amax(-1)
-    return torch.nn.functional.pad(mass, (0, columns - mass.shape[-1]))
+        mass[:, :, 0] = 0.0  # the first query block has nothing before it
+    return torch.nn.functional.pad(mass, (0, columns - before_last))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from infer_patch.kernels.block_mask import BlockMask
 from infer_patch.kernels.envelope import block_envelope, select_blocks
@@ -14,6 +13,7 @@ from infer_patch.method import Method, Runtime, option, register
 from infer_patch.selection import plain_attention_layers
 
 BLOCK = 64
+SCORE_BLOCKS = (1, 4, 8, 16, 32, 64)
 
 
 @register("envelope")
@@ -21,10 +21,10 @@ BLOCK = 64
 class Envelope(Method):
     """Each block of queries reads the key blocks that are likely to hold its highest scores.
 
-    Per group of `score_block` keys the element-wise minimum and maximum bound every score a query can have with them. A
-    block of 64 queries ranks key blocks of 64 by the softmax of (a tightened form of) this bound, summed over its rows
-    and over the query heads that share the key head, and reads the best ones, the first tokens and a recent window.
-    Prefill and decode; the cache keeps everything.
+    The element-wise minimum and maximum of a few keys bound every score a query can have with them. A block of 64
+    queries ranks key blocks of 64 by the softmax of (a tightened form of) this bound: the largest that any of its
+    sampled rows, in any query head of the key head, gives a part of the block. It reads the best ones, the first tokens
+    and a recent window. Prefill and decode; the cache keeps everything.
 
     Parameters
     ----------
@@ -33,8 +33,9 @@ class Envelope(Method):
     sinks, window : int
         Tokens at the start and at the end that are always read; they reach out to blocks of 64. A query's own block
         is read in any case, so the default window leaves the rest of the budget to the ranking.
-    score_block : int
-        Keys under one envelope: 4, 8, 16, 32 or 64. Smaller finds better, larger scores faster.
+    score_block, decode_score_block : int
+        Keys under one envelope in prefill and in decode: 1 (every key scored itself), 4, 8, 16, 32 or 64. Smaller finds
+        better, larger scores faster. Errors of prefill stay in the cache, so it is worth more precision than decode.
     slack : float
         Share of the envelope's half-width that counts: 1 is the upper bound (an isolated peak always outranks blocks
         without one), 0 the block's centre. Rotary embedding makes the bound loose; see the measurements in the docs.
@@ -47,14 +48,15 @@ class Envelope(Method):
 
     References
     ----------
-    The bound: Tang et al., "Quest", arXiv 2406.10774 (decode only, per head). Blockwise prefill, the softmax-sum score
-    and per-group lists are this project's.
+    The bound: Tang et al., "Quest", arXiv 2406.10774 (decode only, per head). Blockwise prefill, the softmax over all
+    blocks and per-group lists are this project's.
     """
 
     budget: int = option(1024, "tokens each query block reads, sinks and window included")
     sinks: int = option(4, "first tokens always read, rounded up to 64")
     window: int = option(1, "recent tokens always read; the block of the query is read in any case")
-    score_block: int = option(4, "keys under one envelope: 4, 8, 16, 32 or 64")
+    score_block: int = option(1, "keys under one envelope in prefill: 1 (exact), 4, 8, 16, 32 or 64")
+    decode_score_block: int = option(4, "the same in decode")
     slack: float = option(0.1, "share of the envelope's half-width that counts: 1 is the upper bound")
     stride: int = option(4, "in prefill, score every stride-th query")
     dense_below: int = option(2048, "run dense up to this many keys")
@@ -73,9 +75,9 @@ class Envelope(Method):
             f"budget must be a multiple of {BLOCK} that holds sinks and window ({always * BLOCK} tokens), "
             f"got {self.budget}",
         )
-        self.require(
-            self.score_block in (4, 8, 16, 32, 64), f"score_block must be 4, 8, 16, 32 or 64, got {self.score_block}"
-        )
+        for name in ("score_block", "decode_score_block"):
+            keys = getattr(self, name)
+            self.require(keys in SCORE_BLOCKS, f"{name} must be one of {', '.join(map(str, SCORE_BLOCKS))}, got {keys}")
         self.require(0 <= self.slack <= 1, f"slack must be between 0 and 1, got {self.slack}")
         self.require(1 <= self.stride <= BLOCK, f"stride must be 1 to {BLOCK}, got {self.stride}")
         self.require(self.dense_below >= 0, f"dense_below must be 0 or more tokens, got {self.dense_below}")
@@ -99,31 +101,33 @@ class _Envelope(Runtime):
             return f"at most {config.dense_below} keys"
         if queries > BLOCK and kept_share(config.budget, queries, keys) > config.max_share:
             return f"more than {config.max_share:.0%} of the key blocks would be read"
+        score_block = config.score_block if queries > 1 else config.decode_score_block
         return select_blocks(
             call.q,
             call.k,
-            self._envelope(call),
+            self._envelope(call, score_block),
             budget=config.budget,
             sinks=config.sinks,
             window=config.window,
             block=BLOCK,
-            score_block=config.score_block,
+            score_block=score_block,
             slack=config.slack,
             stride=config.stride,
             scale=call.scale,
         )
 
-    def _envelope(self, call: Any) -> tuple[Tensor, Tensor]:
+    def _envelope(self, call: Any, size: int) -> Any:
         """Envelopes of all key blocks; only blocks that changed since the last call are computed anew."""
-        size, keys = self.config.score_block, call.k.shape[2]
-        envelope, covered = call.state.get("envelope", (None, 0))
-        if envelope is None:
-            envelope = block_envelope(call.k, size)
-        elif covered < keys:
+        keys = call.k.shape[2]
+        if size == 1:
+            return block_envelope(call.k, size)
+        envelope, covered = call.state.get(size, (None, 0))
+        if covered < keys:
             whole = covered // size  # blocks that were full then and cannot change
-            newer = block_envelope(call.k[:, :, whole * size :], size)
-            envelope = tuple(torch.cat([old[:, :, :whole], new], 2) for old, new in zip(envelope, newer))
-        call.state["envelope"] = envelope, keys
+            newer: Any = block_envelope(call.k[:, :, whole * size :], size)
+            old = envelope or newer
+            envelope = tuple(torch.cat([a[:, :, :whole], b], 2) for a, b in zip(old, newer))
+        call.state[size] = envelope, keys
         return envelope
 
 
