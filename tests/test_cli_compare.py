@@ -96,7 +96,7 @@ def test_demo_from_start_to_page(tiny, tmp_path, monkeypatch):
     assert ran.exit_code == 1, ran.output
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     status = {row["name"]: row["status"] for row in summary["rows"] if row["role"] == "plan"}
-    assert status == {"envelope-quarter": "failed", "sink_window-evict": "ok", "envelope-all": "dense"}
+    assert status == {"envelope-quarter": "failed", "window-quarter": "ok", "envelope-all": "dense"}
     assert all(row["found"]["of"] == 2 for row in summary["rows"] if row["role"] != "control")
     assert "report.html" in ran.output
 

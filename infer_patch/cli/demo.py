@@ -66,7 +66,7 @@ def demo_plans() -> list[Plan]:
 
     return [
         Plan((Envelope(budget=768),), "envelope-quarter"),
-        Plan((SinkWindow(window=704, evict=True),), "sink_window-evict"),
+        Plan((SinkWindow(window=704, evict=True),), "window-quarter"),
         Plan((Envelope(budget=4096),), ALL),
     ]
 

@@ -12,6 +12,8 @@ head, gives any score block in it. (A sum over rows would let many lukewarm rows
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from infer_patch.kernels.block_mask import BlockMask
 
 Envelope = tuple[Tensor, Tensor | None]
 
-_SCORES_PER_CALL = 1 << 22
+_SCORES_PER_CALL = {"cpu": 1 << 16, "cuda": 1 << 26}  # few enough for the L2 cache; enough to fill a GPU
 
 
 def block_envelope(k: Tensor, block: int) -> Envelope:
@@ -88,19 +90,12 @@ def select_blocks(
     -------
     BlockMask with M = H_kv and W = budget / block (or fewer when there are fewer keys).
     """
-    batch, heads, queries, size = q.shape
+    batch, _, queries, size = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     first, last = (keys - queries) // block, -(-keys // block)
     scale = size**-0.5 if scale is None else scale
-    score = torch.cat(
-        [
-            _attention_block_scores(q, envelope, i, j, keys, stride, block, score_block, slack, scale)
-            for i, j in _spans(
-                first, last, queries, keys, block, batch * heads * block // stride * block // score_block
-            )
-        ],
-        2,
-    )
+    with torch.no_grad():
+        score = _scores(q, envelope, keys, block, block // score_block, stride, slack, scale)
     row = torch.arange(first, last, device=q.device)[:, None]
     column = torch.arange(last, device=q.device)
     always = (column < -(-sinks // block)) | (column >= ((row * block - window + 1) // block).clamp(min=0))
@@ -112,52 +107,82 @@ def select_blocks(
     return BlockMask(best, count, block, block)
 
 
-def _spans(first: int, last: int, queries: int, keys: int, block: int, per_block: int) -> list[tuple[int, int]]:
+def _scores(
+    q: Tensor, envelope: Envelope, keys: int, block: int, per: int, stride: int, slack: float, scale: float
+) -> Tensor:
+    """log of the largest probability any sampled row gives any of the `per` score blocks: [B, H_kv, n_q, n_k], fp32."""
+    batch, heads, queries, _ = q.shape
+    kv_heads, past = envelope[0].shape[1], keys - queries
+    first, last = past // block, -(-keys // block)
+    if queries > 1 and not _fast_half(q):
+        q, envelope = q.float(), tuple(x if x is None else x.float() for x in envelope)  # type: ignore[assignment]
+    q = (q * scale).unflatten(1, (kv_heads, heads // kv_heads))
+    flat = [x if x is None else x.flatten(0, 1) for x in envelope]
+    rows_per_block = heads // kv_heads * -(-min(block, queries) // stride)
+    # one buffer for all products: a fresh one for each costs more in page faults than the product itself
+    workspace = _Workspace()
+    limit = _SCORES_PER_CALL.get(q.device.type, 1 << 26)
+    score = torch.full((batch * kv_heads, last - first, last), float("-inf"), device=q.device)
+    for i, j in _spans(first, last, queries, keys, block, batch * kv_heads * rows_per_block * per, limit):
+        if j == 1:
+            continue  # the first query block has nothing before it
+        before = j - 1  # key blocks wholly before the last of these query blocks
+        rows = q[:, :, :, max(i * block, past) - past : min(j * block, keys) - past].unflatten(3, (j - i, -1))
+        rows = rows.flip(4)[..., ::stride, :].transpose(2, 3)  # [B, H_kv, j - i, G, sampled rows, D]
+        shape = batch * kv_heads, j - i, rows.shape[3] * rows.shape[4], before, per
+        rows = rows.reshape(shape[0], -1, rows.shape[-1])
+        scores = workspace.scores(rows, [x if x is None else x[:, : before * per] for x in flat], slack).view(shape)
+        for later in range(j - i - 1):  # key blocks that do not lie before this query block of the stack
+            scores[:, later, :, i + later :] = float("-inf")
+        best = scores.amax(-1)
+        top = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)
+        total = scores.flatten(-2).sub_(top).exp_().sum(-1, keepdim=True).log_().add_(top)
+        score[:, i - first : j - first, :before] = (best - total).nan_to_num_(nan=float("-inf")).amax(2)
+    return score.unflatten(0, (batch, kv_heads))
+
+
+class _Workspace:
+    """Products of queries with envelopes, in memory that is used again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def scores(self, rows: Tensor, envelope: list[Tensor | None], slack: float) -> Tensor:
+        """`envelope_scores` in fp32: rows [N, R, D], envelope [N, n, D] -> [N, R, n]."""
+        centre, half_width = envelope
+        shape = rows.shape[0], rows.shape[1], centre.shape[1]  # type: ignore[union-attr]
+        out = self._buffer("product", shape, rows)
+        torch.bmm(rows, centre.transpose(1, 2), out=out)  # type: ignore[union-attr]
+        if half_width is not None and slack:
+            torch.baddbmm(out, rows.abs(), half_width.transpose(1, 2), alpha=slack, out=out)
+        return out if out.dtype == torch.float32 else self._buffer("fp32", shape, rows, torch.float32).copy_(out)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        size = math.prod(shape)
+        held = self._buffers.get(name)
+        if held is None or held.numel() < size:
+            held = self._buffers[name] = torch.empty(size, dtype=dtype or like.dtype, device=like.device)
+        return held[:size].view(shape)
+
+
+def _fast_half(x: Tensor) -> bool:
+    """Whether matrix products in this tensor's dtype are at least as fast as in fp32."""
+    return x.is_cuda or x.dtype == torch.float32 or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _spans(
+    first: int, last: int, queries: int, keys: int, block: int, per_block: int, limit: int
+) -> list[tuple[int, int]]:
     """Query blocks [i, j) scored together: whole blocks in stacks, a partial first and last block alone.
 
-    `per_block` is the number of scores of one query block with one key block.
+    `per_block` is the number of scores of one query block with one key block, `limit` that of scores per stack.
     """
     head = first + 1 if (keys - queries) % block or last == first + 1 else first
     tail = last - 1 if keys % block and last - 1 >= head else last
     spans = [(first, head)] if head > first else []
     i = head
     while i < tail:
-        j = min(tail, i + max(1, _SCORES_PER_CALL // max(per_block * (i + 1), 1)))
+        j = min(tail, i + max(1, limit // max(per_block * (i + 1), 1)))
         spans.append((i, j))
         i = j
     return spans + ([(tail, last)] if tail < last else [])
-
-
-def _attention_block_scores(
-    q: Tensor,
-    envelope: Envelope,
-    i: int,
-    j: int,
-    keys: int,
-    stride: int,
-    block: int,
-    score_block: int,
-    slack: float,
-    scale: float,
-) -> Tensor:
-    """Scores of query blocks [i, j): [B, H_kv, j - i, ceil(S / block)], the logarithm of the largest probability."""
-    batch, heads, queries, _ = q.shape
-    kv_heads, past = envelope[0].shape[1], keys - queries
-    a, b = max(i * block, past), min(j * block, keys)
-    per = block // score_block
-    columns, before_last = -(-keys // block), j - 1
-    if before_last == 0:
-        return q.new_zeros(batch, kv_heads, j - i, columns, dtype=torch.float32)
-    rows = (q[:, :, a - past : b - past] * scale).unflatten(1, (kv_heads, heads // kv_heads))
-    rows = rows.unflatten(3, (j - i, -1)).transpose(2, 3)  # [B, H_kv, j - i, G, rows of a block, D]
-    rows = rows.flip(4)[..., ::stride, :].flatten(3, 4)
-    wholly_before = tuple(x if x is None else x[:, :, : before_last * per] for x in envelope)
-    scores = envelope_scores(rows.flatten(2, 3), wholly_before, slack)  # type: ignore[arg-type]
-    scores = scores.unflatten(2, (j - i, -1)).unflatten(-1, (before_last, per))
-    for row in range(j - i - 1):  # the later blocks of this stack do not lie before this query block
-        scores[:, :, row, :, i + row :] = float("-inf")
-    best = scores.amax(-1).float()
-    mass = (best - scores.flatten(-2).logsumexp(-1, keepdim=True).float()).amax(3)
-    if i == 0:
-        mass[:, :, 0] = 0.0  # the first query block has nothing before it
-    return torch.nn.functional.pad(mass, (0, columns - before_last))
