@@ -32,7 +32,7 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Result folder; if not given, infer-patch-<model>-<time>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result folder; if not given, infer-patch-MODEL-TIME.")] = None,
     seed: Annotated[int, typer.Option(help="Of torch and of a generated prompt.")] = 0,
 ) -> None:
     """Run a model unpatched and with each plan on the same prompts: outputs, drift, cost, proof of effect, verdict.
