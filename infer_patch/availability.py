@@ -91,6 +91,7 @@ _TABLE = (
         "fast image processors of vision-language models",
         "pip install torchvision  # the release that belongs to your torch",
     ),
+    Requirement("scipy", "scipy", "eval", "1.10", "paired statistics of evaluations"),
     Requirement("datasets", "datasets", "eval", "3.0", "data sets from the hub"),
     Requirement("lm-eval", "lm_eval", "harness", "0.4.9", "lm-evaluation-harness tasks"),
     Requirement("lmms-eval", "lmms_eval", "harness", "0.3", "lmms-eval tasks"),

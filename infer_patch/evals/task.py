@@ -1,0 +1,70 @@
+"""What an evaluation is made of: items to answer, a rule that scores an answer, and metrics over scored rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypedDict
+
+from infer_patch.evals.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to answer.
+
+    Parameters
+    ----------
+    name : str
+        Stable and unique inside a task: an interrupted run goes on by these names.
+    prompt : Prompt
+    reference : JSON value
+        What the answer is scored against.
+    group : str
+        Items of one group are not independent (they share a picture, or a text): intervals are clustered by it.
+    facts : mapping of JSON values
+        What tables are split by: the splits of a question, the depth and length of a needle.
+    """
+
+    name: str
+    prompt: Prompt
+    reference: Any
+    group: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Scored(TypedDict):
+    """One answered item, as metrics see it."""
+
+    item: str
+    group: str
+    reference: Any
+    facts: Mapping[str, Any]
+    output: str
+    score: Mapping[str, Any]
+
+
+class Task(ABC):
+    """An evaluation: `items` are answered greedily by every plan, `score` judges one answer, `metrics` all of them.
+
+    A task is a dataclass of plain values (its settings go into the manifest) and draws everything from its seed.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    headline: ClassVar[str]  # the metric a table shows first; one of `metrics`
+    max_new_tokens: int
+    chat: bool | None = None  # None: the chat template where there is one
+
+    @abstractmethod
+    def items(self, processor: Any, model: Any) -> list[Item]:
+        """All items, in the same order for equal settings. Raises `PatchError` where this model cannot take them."""
+
+    @abstractmethod
+    def score(self, item: Item, output: str) -> dict[str, Any]:
+        """Plain values that judge one output; "correct" (bool, or a share from 0 to 1) is always among them."""
+
+    @abstractmethod
+    def metrics(self, rows: Sequence[Scored]) -> dict[str, float]:
+        """Metrics by name, headline included; shares are from 0 to 1."""
