@@ -147,7 +147,7 @@ def describe(figures: dict[str, Any]) -> str:
     for reason, calls in figures.get("dense_calls", {}).items():
         words.append(f"{calls} attention calls ran dense ({reason})")
     if "visual_tokens" in figures:
-        first = min(figures["visual_tokens"])
+        first = min(figures["visual_tokens"], key=int)  # texts, where a report comes from a file
         kept = figures["visual_tokens_kept"][first]
         words.append(f"kept {kept} of {figures['visual_tokens'][first]} visual tokens from layer {first} on")
     if "rows_held" in figures:

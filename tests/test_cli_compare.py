@@ -4,34 +4,10 @@ import importlib
 import json
 
 import pytest
-from miniatures import MINIATURES
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from infer_patch.cli import app
 from infer_patch.errors import MissingDependencyError
-
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """A miniature and a tokenizer whose tokens are the bytes of a text."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i + 8 for i, letter in enumerate(letters)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE)
-    return MINIATURES["llama"].build(vocab_size=8 + len(letters)), tokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny-llama"
-    for part in tiny:
-        part.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

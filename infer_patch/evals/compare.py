@@ -123,7 +123,7 @@ def compare(
     settings = settings or Settings()
     if out is not None:
         require("jinja2", "The HTML page")
-    wanted = _checked(model, plans)
+    wanted = checked(model, plans)
     ready = [make_ready(i, p, processor, model, chat) for i, p in enumerate(prompts)]
     if not ready:
         raise PatchError("nothing to compare on: give at least one prompt.")
@@ -180,7 +180,7 @@ def model_facts(model: Any, model_id: str = "") -> ModelFacts:
     }
 
 
-def _checked(model: Any, plans: Sequence[PlanLike]) -> list[Plan]:
+def checked(model: Any, plans: Sequence[PlanLike]) -> list[Plan]:
     """The plans, each known to fit the model."""
     wanted = [Plan.of(plan) for plan in plans]
     names = [file_name(name) for name in (UNPATCHED, REPEATED, OTHER_BACKEND, *(plan.name for plan in wanted))]

@@ -1,7 +1,8 @@
 """Greedy generation that is timed, recorded and, where asked, held to given tokens.
 
 Everything goes through the model's own `generate`, so that positions, caches and pictures are handled as users get
-them. Batch size is one: batching changes the output of some models by itself, patched or not.
+them. `generate` takes one prompt; `generate_batch` several, padded on the left, and keeps their tokens only. Batching
+changes the output of some models by itself, so runs that are compared must use equal batches.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from infer_patch.cache import cache_bytes
+from infer_patch.errors import PatchError
 from infer_patch.evals.cost import MemoryMeter
 
 
@@ -78,6 +81,58 @@ def generate(
     per_token = (end - watch.first) / (len(ids) - 1) if len(ids) > 1 else None
     held = cache_bytes(output.past_key_values)
     return Trace(ids, logits, watch.first - begin, per_token, meter.peak_bytes, held)
+
+
+@dataclass
+class BatchTrace:
+    """One generation for a batch: output tokens of each sample up to its end token, and what the batch cost.
+
+    `per_token_s` is the time of one decoding step, None when there was none; `cache_bytes` is that of the whole batch.
+    """
+
+    ids: list[list[int]]
+    first_token_s: float
+    per_token_s: float | None
+    cache_bytes: int
+
+
+@torch.no_grad()
+def generate_batch(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> BatchTrace:
+    """Generate greedily for a left-padded batch, as `collate` makes it."""
+    length = inputs["input_ids"].shape[1]
+    watch = _Watch(None, length, model.device)
+    config = _greedy(model, max_new_tokens, keep_logits=False)
+    begin = watch.now()
+    output = model.generate(**inputs, generation_config=config, logits_processor=[watch])
+    end = watch.now()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    rows = output.sequences[:, length:].tolist()
+    steps = output.sequences.shape[1] - length - 1
+    per_token = (end - watch.first) / steps if steps else None
+    return BatchTrace(
+        [_until(row, ends) for row in rows], watch.first - begin, per_token, cache_bytes(output.past_key_values)
+    )
+
+
+def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """Inputs of single prompts as one batch: what has a column per token is padded on the left, the rest is stacked."""
+    longest = max(sample["input_ids"].shape[1] for sample in samples)
+    batch = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if isinstance(first, Tensor) and first.shape[:2] == samples[0]["input_ids"].shape:
+            fill = pad_token_id if name == "input_ids" else 0
+            values = [F.pad(value, (longest - value.shape[1], 0), value=fill) for value in values]
+        if not isinstance(first, Tensor) or any(v.shape[1:] != values[0].shape[1:] for v in values):
+            shapes = [list(getattr(value, "shape", [])) for value in values]
+            raise PatchError(f"the prompts cannot be batched: {name} has shapes {shapes}. Use batch size 1.")
+        batch[name] = torch.cat(values)
+    return batch
+
+
+def _until(row: list[int], ends: list[int | None]) -> list[int]:
+    """The tokens up to and with the first end token; what follows is padding."""
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
 
 
 @dataclass

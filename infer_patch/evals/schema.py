@@ -159,3 +159,85 @@ class Summary(TypedDict):
     rounds: int
     drift_prompts: int
     rows: list[Row]
+
+
+class EvalSample(TypedDict):
+    """One row of an evaluation's `samples.jsonl`: one item answered by one run.
+
+    `batch` numbers the batch that it ran in; times and `cache_bytes` are those of the whole batch. `fired`: every
+    method of the plan took effect in it (None: there is no method). `effect` stands in the first row of a batch only.
+    """
+
+    plan: str
+    item: str
+    batch: int
+    group: str
+    reference: Any
+    facts: dict[str, Any]
+    prompt_hash: str
+    prompt_tokens: int
+    output: str
+    output_tokens: int
+    score: dict[str, Any]
+    first_token_s: float
+    per_token_s: float | None
+    cache_bytes: int
+    fired: bool | None
+    effect: dict[str, Any] | None
+
+
+class PairedDifference(TypedDict):
+    """See `infer_patch.evals.statistics.Paired`."""
+
+    difference: float
+    low: float
+    high: float
+    lost: int
+    won: int
+    p_value: float
+    groups: int
+
+
+class EvalCost(TypedDict):
+    """Over batches; ratios are to the unpatched run of the same batch. `cache_bytes` is a mean over batches,
+    `output_tokens` one over items."""
+
+    batches: int
+    first_token_s: Interval
+    first_token_ratio: Interval | None
+    per_token_s: Interval | None
+    per_token_ratio: Interval | None
+    cache_bytes: float
+    output_tokens: float
+
+
+class EvalRow(TypedDict):
+    """One row of an evaluation's summary. `items` may be fewer for the control than for the rest."""
+
+    name: str
+    what: str
+    role: Literal["unpatched", "plan", "control"]
+    status: Literal["ok", "failed", "reference"]
+    verdict: str
+    items: int
+    metrics: dict[str, float]
+    paired: PairedDifference | None
+    identical: Count | None
+    cost: EvalCost
+    effect: list[Effect]
+
+
+class EvalSummary(TypedDict):
+    """`summary.json` of an evaluation. `grid` is depth x length mean scores by run, for tasks that have one."""
+
+    schema: int
+    task: str
+    title: str
+    headline: str
+    items: int
+    groups: int
+    tokens: Interval
+    cache_exercised: bool
+    rows: list[EvalRow]
+    grids: dict[str, list[list[float | None]]] | None
+    grid_axes: dict[str, list[Any]] | None

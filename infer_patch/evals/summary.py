@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,10 +65,10 @@ def summarise(title: str, findings: Findings, rounds: int, drift_prompts: int, r
 
 
 def _row(name: str, findings: Findings) -> Row:
-    samples, effect = findings.samples[name], effects(findings.reports.get(name, []))
+    samples, effect = findings.samples[name], _effects(findings.reports.get(name, []))
     silent = any(e["fired"]["count"] == 0 for e in effect)
     row = _empty(name)
-    row["what"] = _in_a_line(findings.plans[name])
+    row["what"] = in_a_line(findings.plans[name])
     differences = [s["first_difference"] for s in samples if s["first_difference"] is not None]
     if name != UNPATCHED:
         row["role"] = "plan"
@@ -82,17 +82,24 @@ def _row(name: str, findings: Findings) -> Row:
     return row
 
 
-def effects(reports: Sequence[tuple[int, Report]]) -> list[Effect]:
-    """What each method of a plan did over its prompts; figures are those of the longest prompt on which it fired."""
+def effects(reports: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Effect]:
+    """What each method of a plan did over its prompts, from (tokens of the prompt, `Report.methods`).
+
+    Figures are those of the longest prompt on which the method fired.
+    """
     found: list[Effect] = []
-    for method in reports[0][1].methods if reports else ():
+    for method in reports[0][1] if reports else ():
         entries: list[tuple[bool, int, dict[str, Any]]] = [
-            (report.methods[method]["fired"], tokens, report.methods[method]) for tokens, report in reports
+            (methods[method]["fired"], tokens, methods[method]) for tokens, methods in reports
         ]
         _, _, figures = max(entries, key=lambda entry: entry[:2])
         fired = _count([entry[0] for entry in entries])
         found.append({"method": method, "fired": fired, "words": describe_figures(figures), "figures": figures})
     return found
+
+
+def _effects(reports: Sequence[tuple[int, Report]]) -> list[Effect]:
+    return effects([(tokens, report.methods) for tokens, report in reports])
 
 
 def _controls(findings: Findings) -> list[Row]:
@@ -128,7 +135,7 @@ def _empty(name: str) -> Row:
     }
 
 
-def _in_a_line(plan: Plan | None) -> str:
+def in_a_line(plan: Plan | None) -> str:
     """sink_window(window=64, evict=True): each method with the options that are not defaults."""
     if plan is None:
         return "as loaded"

@@ -54,6 +54,7 @@ class Task(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     headline: ClassVar[str]  # the metric a table shows first; one of `metrics`
+    through_cache: ClassVar[bool] = True  # False: answers are read off the prefill, so a cache method shows no loss
     max_new_tokens: int
     chat: bool | None = None  # None: the chat template where there is one
 
@@ -68,3 +69,7 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, rows: Sequence[Scored]) -> dict[str, float]:
         """Metrics by name, headline included; shares are from 0 to 1."""
+
+    def grid(self, rows: Sequence[Scored]) -> tuple[dict[str, list[Any]], list[list[float | None]]] | None:
+        """Axes ("y" and "x", with labels) and mean score per cell, for tasks that are read as a heat map."""
+        return None

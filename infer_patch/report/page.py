@@ -19,13 +19,7 @@ def render(manifest: Manifest, summary: Summary, samples: Sequence[Sample]) -> s
     """The page as text. Everything that a model, a file or a user wrote is escaped."""
     require("jinja2", "The HTML page")
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup, escape
-
-    def number(value: Any, show: Any) -> Markup:
-        """A figure as people read it, with the exact value for programs."""
-        if value is None:
-            return escape(formats.NONE)
-        return Markup('<data value="{}">{}</data>').format(value, show(value))
+    from markupsafe import Markup
 
     pages = Environment(
         loader=PackageLoader("infer_patch.report", "."),
@@ -43,9 +37,18 @@ def render(manifest: Manifest, summary: Summary, samples: Sequence[Sample]) -> s
         prompts=_by_prompt(samples),
         lengths=_lengths(summary),
         proofs=_proofs(summary, Markup),
-        yaml={plan["name"]: _yaml(plan) for plan in manifest["plans"]},
-        facts=_facts(manifest),
+        yaml={plan["name"]: plan_yaml(plan) for plan in manifest["plans"]},
+        facts=manifest_facts(manifest),
     )
+
+
+def number(value: Any, show: Any) -> Any:
+    """A figure as people read it, with the exact value for programs: safe markup."""
+    from markupsafe import Markup, escape
+
+    if value is None:
+        return escape(formats.NONE)
+    return Markup('<data value="{}">{}</data>').format(value, show(value))
 
 
 def write_page(folder: str | Path) -> Path:
@@ -94,13 +97,13 @@ def _safe_svg(figure: Any, safe: Any) -> Any:
     return None if drawn is None else safe(drawn)
 
 
-def _yaml(plan: dict[str, Any]) -> str:
+def plan_yaml(plan: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(plan, sort_keys=False)
 
 
-def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
     """The manifest's lines for people; everything is in manifest.json."""
     model, machine = manifest["model"], manifest["machine"]
     memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else "unknown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 from infer_patch.availability import is_available
 
 # colours that stand for the page's own: replaced by CSS after drawing
-_INK, _BAR, _TRACK = "#010203", "#040506", "#070809"
-_CSS = {_INK: "currentColor", _BAR: "var(--accent)", _TRACK: "var(--track)"}
+INK, BAR, TRACK = "#010203", "#040506", "#070809"
+_CSS = {INK: "currentColor", BAR: "var(--accent)", TRACK: "var(--track)"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ def svg(figure: LayerFigure) -> str | None:
         drawing = Figure(figsize=(4.3, 1.5), layout="constrained")
         axes = drawing.add_subplot()
         layers = sorted(figure.values)
-        axes.bar(layers, [1] * len(layers), width=0.72, color=_TRACK)
-        axes.bar(layers, [figure.values[i] for i in layers], width=0.72, color=_BAR)
+        axes.bar(layers, [1] * len(layers), width=0.72, color=TRACK)
+        axes.bar(layers, [figure.values[i] for i in layers], width=0.72, color=BAR)
         _plain(axes, layers)
         text = io.StringIO()
         drawing.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(text.getvalue(), figure)
+    return for_page(text.getvalue(), figure.title)
 
 
 def _plain(axes: Any, layers: list[int]) -> None:
@@ -65,13 +66,13 @@ def _plain(axes: Any, layers: list[int]) -> None:
     axes.set_xlim(min(layers) - 0.8, max(layers) + 0.8)
     step = -(-(max(layers) - min(layers) + 1) // 10)
     axes.set_xticks(range(min(layers), max(layers) + 1, step))
-    axes.set_xlabel("layer", color=_INK)
-    axes.tick_params(colors=_INK, length=0)
+    axes.set_xlabel("layer", color=INK)
+    axes.tick_params(colors=INK, length=0)
     for side in axes.spines.values():
         side.set_visible(False)
 
 
-def _for_page(text: str, figure: LayerFigure) -> str:
+def for_page(text: str, title: str) -> str:
     """Cut what belongs to a file of its own: name spaces, size, fonts, style rules, and ids, which a page has once."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|defs)>.*?</\1>", "", text, flags=re.DOTALL)
@@ -80,4 +81,4 @@ def _for_page(text: str, figure: LayerFigure) -> str:
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     for placeholder, colour in _CSS.items():
         text = text.replace(placeholder, colour)
-    return text.replace("<svg", f'<svg role="img" aria-label="{figure.title}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)

@@ -1,0 +1,266 @@
+"""A task answered by the unpatched model and by plans: the same batches, one process, paired statistics, a verdict.
+
+A run that was cut off goes on where it stopped, batch by batch. Processes started with `accelerate launch` share the
+batches; which process answers a batch changes nothing, because batches are fixed by the order of the items.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infer_patch.api import patch
+from infer_patch.availability import require
+from infer_patch.errors import PatchError
+from infer_patch.evals.compare import Progress, checked, model_facts
+from infer_patch.evals.cost import rotated
+from infer_patch.evals.eval_folder import EvalFolder
+from infer_patch.evals.eval_summary import summarise_eval
+from infer_patch.evals.generation import collate, generate_batch
+from infer_patch.evals.prompts import encode, prompt_hash
+from infer_patch.evals.results import git_commit, plain
+from infer_patch.evals.schema import SCHEMA, EvalSample, EvalSummary, Manifest
+from infer_patch.evals.shards import Shard
+from infer_patch.evals.summary import REPEATED, UNPATCHED
+from infer_patch.evals.task import Item, Task
+from infer_patch.machine import machine
+from infer_patch.method import Method
+from infer_patch.plan import Plan, PlanLike
+from infer_patch.pruning import LayerPruning
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` found. `summary` is None in processes that only helped (rank 1 and up)."""
+
+    manifest: Manifest
+    summary: EvalSummary | None
+    samples: list[EvalSample]
+    folder: Path | None = None
+
+    @property
+    def failed(self) -> list[str]:
+        """Plans of which a method never took effect."""
+        return [row["name"] for row in self.summary["rows"] if row["status"] == "failed"] if self.summary else []
+
+    @property
+    def page(self) -> Path | None:
+        return None if self.folder is None else self.folder / "report.html"
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    task: Task,
+    plans: Sequence[PlanLike],
+    *,
+    batch_size: int = 1,
+    control_batches: int = 4,
+    random_baseline: bool = False,
+    seed: int = 0,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    model_id: str = "",
+    command: str = "",
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Answer the items of a task unpatched and with each plan.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Unpatched; it is again afterwards.
+    plans : sequence of plans
+        Preset names, YAML files, `Plan`s or methods; names must differ.
+    batch_size : int
+        Prompts per batch, padded on the left; the same batches for every run.
+    control_batches : int
+        The unpatched model answers that many batches a second time, as the floor of every difference; 0 for none.
+    random_baseline : bool
+        Beside every plan that prunes visual tokens, one that drops as many at random.
+    out : path, optional
+        Result folder; an unfinished run of the same settings in it goes on. Needs jinja2 for the page.
+    overwrite : bool
+        Replace a result of other settings instead of refusing.
+
+    Raises
+    ------
+    PatchError
+        Before anything is run: a plan that does not fit the model, items that do not, a folder with another result.
+    """
+    if batch_size < 1 or control_batches < 0:
+        raise PatchError(
+            f"batch_size must be 1 or more and control_batches 0 or more, got {batch_size}, {control_batches}"
+        )
+    require("scipy", "Paired statistics")
+    if out is not None:
+        require("jinja2", "The HTML page")
+    wanted = [Plan.of(plan) for plan in plans]
+    if random_baseline:
+        wanted = [p for plan in wanted for p in (plan, at_random(plan)) if p is not None]
+    wanted = checked(model, wanted)
+    items = task.items(processor, model)
+    if len({item.name for item in items}) < len(items) or not items:
+        raise PatchError(
+            f"the task {task.name} gives {len(items)} items; it needs at least one, and names that differ."
+        )
+    shard = Shard.from_environment()
+    settings = {**_values(task), "items": len(items), "batch_size": batch_size, "control_batches": control_batches}
+    manifest: Manifest = {
+        "schema": SCHEMA,
+        "kind": f"eval {task.name}",
+        "status": "running",
+        "error": None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": None,
+        "command": command,
+        "git": git_commit(),
+        "seed": seed,
+        "settings": plain(settings),
+        "model": model_facts(model, model_id),
+        "machine": machine(),
+        "plans": [plan.to_dict() for plan in wanted],
+    }
+    folder = EvalFolder(out, shard)
+    if shard.first:
+        folder.open(manifest, wanted, overwrite)
+    shard.wait()
+    if not shard.first:
+        folder.open(manifest, wanted, overwrite=False)
+    runner = _Runner(model, processor, task, wanted, items, batch_size, control_batches, seed)
+    try:
+        for batch in runner.batches(shard, folder.done, on_progress):
+            folder.add(batch)
+        shard.wait()
+        if not shard.first:
+            return Evaluation(manifest, None, folder.samples, folder.path)
+        samples = folder.merged([*runner.plans], [item.name for item in items])
+        summary: EvalSummary = plain(summarise_eval(task, runner.plans, samples, manifest["model"]["id"], seed))
+        folder.finish(summary, samples)
+    except BaseException as error:
+        folder.fail(error)
+        raise
+    return Evaluation(manifest, summary, samples, folder.path)
+
+
+def at_random(plan: Plan) -> Plan | None:
+    """The plan with its pruning done at random, at the same budget; None where there is nothing to replace."""
+    from infer_patch.patches import RandomPruning
+
+    methods: list[Method] = []
+    for method in plan:
+        if isinstance(method, LayerPruning) and not isinstance(method, RandomPruning):
+            shared = {f.name: getattr(method, f.name) for f in dataclasses.fields(LayerPruning)}
+            methods.append(RandomPruning(**shared))
+        else:
+            methods.append(method)
+    return None if tuple(methods) == plan.methods else Plan(tuple(methods), f"{plan.name}-at-random")
+
+
+class _Runner:
+    """Answers batches under every plan, in an order that rotates."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        task: Task,
+        plans: Sequence[Plan],
+        items: Sequence[Item],
+        batch_size: int,
+        control_batches: int,
+        seed: int,
+    ):
+        self.model, self.processor, self.task, self.seed = model, processor, task, seed
+        self.plans: dict[str, Plan | None] = {UNPATCHED: None, **{plan.name: plan for plan in plans}}
+        if control_batches:
+            self.plans[REPEATED] = None
+        self._batches = [list(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
+        self._control = control_batches
+
+    def batches(self, shard: Shard, done: set[tuple[str, int]], on_progress: Progress | None) -> Any:
+        """Rows of one batch under one plan at a time, of those that this process is to run and are not done."""
+        todo = [(number, name) for number in shard.of(len(self._batches)) for name in self._names(number)]
+        left = [(number, name) for number, name in todo if (name, number) not in done]
+        current, inputs, warm = -1, [], False
+        for i, (number, name) in enumerate(left):
+            if on_progress is not None:
+                on_progress(len(todo) - len(left) + i, len(todo), f"{name}, batch {number + 1} of {len(self._batches)}")
+            if number != current:
+                current, inputs = number, [self._encoded(item) for item in self._batches[number]]
+            if not warm:  # the first call of a process pays for allocations and compiled kernels
+                generate_batch(self.model, self._collated(inputs), 2)
+                warm = True
+            yield self._answer(number, name, inputs)
+        if on_progress is not None:
+            on_progress(len(todo), len(todo), "done")
+
+    def _names(self, number: int) -> list[str]:
+        names = rotated([name for name in self.plans if name != REPEATED], number)
+        return [*names, REPEATED] if number < self._control else names
+
+    def _encoded(self, item: Item) -> dict[str, Any]:
+        return encode(item.prompt, self.processor, self.model, self.task.chat)
+
+    def _collated(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+        return collate(inputs, pad)
+
+    def _answer(self, number: int, name: str, inputs: list[dict[str, Any]]) -> list[EvalSample]:
+        items, plan = self._batches[number], self.plans[name]
+        longest = max(item.facts.get("max_new_tokens", self.task.max_new_tokens) for item in items)
+        torch.manual_seed(self.seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*never took effect", UserWarning)  # the verdict says so
+            handle = None if plan is None else patch(self.model, plan)
+            try:
+                trace = generate_batch(self.model, self._collated(inputs), longest)
+                report = None if handle is None else handle.report()
+            finally:
+                if handle is not None:
+                    handle.remove()
+        rows: list[EvalSample] = []
+        for item, encoded, ids in zip(items, inputs, trace.ids):
+            ids = ids[: item.facts.get("max_new_tokens", longest)]
+            output = str(self.processor.decode(ids, skip_special_tokens=True))
+            rows.append(
+                {
+                    "plan": name,
+                    "item": item.name,
+                    "batch": number,
+                    "group": item.group or item.name,
+                    "reference": item.reference,
+                    "facts": dict(item.facts),
+                    "prompt_hash": prompt_hash(encoded),
+                    "prompt_tokens": int(encoded["input_ids"].shape[1]),
+                    "output": output,
+                    "output_tokens": len(ids),
+                    "score": plain(self.task.score(item, output)),
+                    "first_token_s": trace.first_token_s,
+                    "per_token_s": trace.per_token_s,
+                    "cache_bytes": trace.cache_bytes,
+                    "fired": None if report is None or not report.methods else not report.silent,
+                    "effect": None if report is None or rows else plain(report.to_dict()),
+                }
+            )
+        return rows
+
+
+def _values(task: Task) -> dict[str, Any]:
+    """The settings of a task; of paths only the name, so that results name no folder of a machine."""
+    values = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}  # type: ignore[arg-type]
+
+    def named(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [named(v) for v in value]
+        return value.name if isinstance(value, Path) else value
+
+    return {name: named(value) for name, value in values.items()}

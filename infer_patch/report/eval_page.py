@@ -1,0 +1,118 @@
+"""The result of an evaluation as one HTML page that needs nothing else: no network, no scripts, no fonts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from infer_patch.availability import require
+from infer_patch.errors import PatchError
+from infer_patch.evals.results import write_text
+from infer_patch.evals.schema import SCHEMA, EvalSample, EvalSummary, Manifest
+from infer_patch.evals.summary import UNPATCHED
+from infer_patch.report import eval_tables, formats
+from infer_patch.report.eval_plots import heat_map, pareto
+from infer_patch.report.page import manifest_facts, number, plan_yaml
+
+EXAMPLES = 40  # flipped answers that the page lists per run
+
+
+def render_eval(manifest: Manifest, summary: EvalSummary, samples: Sequence[EvalSample]) -> str:
+    """The page as text. Everything that a model, a file or a user wrote is escaped."""
+    require("jinja2", "The HTML page")
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def safe(drawn: str | None) -> Any:
+        return None if drawn is None else Markup(drawn)
+
+    pages = Environment(
+        loader=PackageLoader("infer_patch.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.globals.update(number=number, formats=formats, tables=eval_tables)
+    rows = summary["rows"]
+    return pages.get_template("eval.html.jinja").render(
+        manifest=manifest,
+        summary=summary,
+        plans=[row for row in rows if row["role"] == "plan"],
+        metrics=eval_tables.shown_metrics(summary, 6),
+        parts=[name for name in rows[0]["metrics"] if "/" in name or " " in name],
+        heat=[(title, safe(drawn)) for title, drawn in _heat_maps(summary)],
+        pareto=safe(_pareto(summary)),
+        flips=_flips(summary, samples),
+        yaml={plan["name"]: plan_yaml(plan) for plan in manifest["plans"]},
+        facts=manifest_facts(manifest),
+    )
+
+
+def read_eval(path: str | Path) -> tuple[Manifest, EvalSummary, list[EvalSample]]:
+    """Manifest, summary and samples of a finished evaluation."""
+    folder = Path(path)
+    try:
+        manifest, summary = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("manifest", "summary"))
+        lines = (folder / "samples.jsonl").read_text("utf-8").splitlines()
+    except OSError as error:
+        raise PatchError(f"{folder} is not a finished result folder: {error.strerror}: {error.filename}") from error
+    if summary.get("schema") != SCHEMA or "task" not in summary:
+        raise PatchError(f"{folder} is not an evaluation of result schema {SCHEMA}.")
+    return manifest, summary, [json.loads(line) for line in lines]
+
+
+def write_eval_page(folder: str | Path) -> Path:
+    """Render the page of a result folder again; returns its path."""
+    page = Path(folder) / "report.html"
+    write_text(page, render_eval(*read_eval(folder)))
+    return page
+
+
+def _heat_maps(summary: EvalSummary) -> list[tuple[str, str | None]]:
+    """Unpatched; then for every plan its own map and the difference to unpatched."""
+    grids, axes = summary["grids"], summary["grid_axes"]
+    if grids is None or axes is None:
+        return []
+    base = grids[UNPATCHED]
+    maps = [(UNPATCHED, heat_map(UNPATCHED, base, axes, signed=False))]
+    for name, grid in grids.items():
+        if name != UNPATCHED:
+            change = [
+                [None if a is None or b is None else b - a for a, b in zip(before, after)]
+                for before, after in zip(base, grid)
+            ]
+            maps.append((name, heat_map(name, grid, axes, signed=False)))
+            maps.append((f"{name} minus unpatched", heat_map(f"{name} minus unpatched", change, axes, signed=True)))
+    return maps
+
+
+def _pareto(summary: EvalSummary) -> str | None:
+    headline = summary["headline"]
+    points = []
+    for row in summary["rows"]:
+        ratio = row["cost"]["first_token_ratio"]
+        if row["role"] == "unpatched":
+            points.append((row["name"], 1.0, row["metrics"][headline]))
+        elif row["role"] == "plan" and row["status"] == "ok" and ratio is not None:
+            points.append((row["name"], ratio["median"], row["metrics"][headline]))
+    return pareto(f"{headline} against time to first token", points, headline) if len(points) > 1 else None
+
+
+def _flips(summary: EvalSummary, samples: Sequence[EvalSample]) -> dict[str, list[dict[str, Any]]]:
+    """Answers that went from right to wrong or back, by run: item, reference, both outputs."""
+    base = {s["item"]: s for s in samples if s["plan"] == UNPATCHED}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in summary["rows"]:
+        if row["role"] != "plan":
+            continue
+        rows = []
+        for own in (s for s in samples if s["plan"] == row["name"]):
+            before, after = base[own["item"]]["score"]["correct"] >= 0.5, own["score"]["correct"] >= 0.5
+            if before != after:
+                what = {"item": own["item"], "reference": own["reference"], "won": after}
+                rows.append({**what, "before": base[own["item"]]["output"], "after": own["output"]})
+        found[row["name"]] = rows
+    return found

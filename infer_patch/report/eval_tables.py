@@ -1,0 +1,87 @@
+"""The summary of an evaluation as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from infer_patch.evals.schema import EvalRow, EvalSummary, Interval
+from infer_patch.evals.verdict import megabytes
+from infer_patch.report import formats
+
+SHOWN = 3  # metrics beside the headline that fit a terminal
+
+
+def eval_table(summary: EvalSummary, width: int = 100) -> Table:
+    """A row per run: headline, other metrics over all items, flips, cost."""
+    names = shown_metrics(summary, SHOWN if width >= 96 else 1)
+    title = f"{summary['title']}, {summary['items']:,} items in {summary['groups']:,} groups"
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1)
+    )
+    table.add_column("", overflow="fold")
+    for heading in [
+        *(name.replace("_", "\n") for name in names),
+        "points [95 %]",
+        "lost\nwon",
+        "first\ntoken",
+        "per\ntoken",
+        "cache",
+    ]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = summary["rows"]
+    for i, row in enumerate(rows):
+        ends = i + 1 == len(rows) or rows[i + 1]["role"] != row["role"]
+        cost = row["cost"]
+        table.add_row(
+            row["name"],
+            *(formats.share(row["metrics"][name]) for name in names),
+            points(row),
+            flips(row),
+            timed(cost["first_token_s"], cost["first_token_ratio"]),
+            timed(cost["per_token_s"], cost["per_token_ratio"]),
+            megabytes(cost["cache_bytes"]),
+            style="dim" if row["role"] == "control" else "",
+            end_section=ends,
+        )
+    return table
+
+
+def eval_verdicts(summary: EvalSummary) -> RenderableType:
+    """The verdict on every plan, and what the control said."""
+    lines: list[RenderableType] = []
+    for row in summary["rows"][1:]:
+        colour = "red" if row["status"] == "failed" or "WORSE" in row["verdict"] else "green"
+        if row["role"] == "control":
+            lines.append(Text(f"{row['name']}: {row['verdict']}", style="dim"))
+            continue
+        lines.append(Text.assemble((row["name"], f"bold {colour}"), (f"  {row['what']}", "dim")))
+        lines.append(Padding(Text(row["verdict"]), (0, 0, 0, 2)))
+    return Group(*lines)
+
+
+def shown_metrics(summary: EvalSummary, more: int) -> list[str]:
+    """The headline and the first metrics that are over all items (those of parts have a / or a space in the name)."""
+    names = [name for name in summary["rows"][0]["metrics"] if "/" not in name and " " not in name]
+    return [summary["headline"], *[name for name in names if name != summary["headline"]][:more]]
+
+
+def points(row: EvalRow) -> str:
+    found = row["paired"]
+    if found is None:
+        return formats.NONE
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" if (low, high) != (0, 0) else "0"
+
+
+def flips(row: EvalRow) -> str:
+    return formats.NONE if row["paired"] is None else f"{row['paired']['lost']} / {row['paired']['won']}"
+
+
+def timed(value: Interval | None, ratio: Interval | None) -> str:
+    if value is None:
+        return formats.NONE
+    return f"{formats.seconds(value['median'])} {formats.ratio(ratio and ratio['median'])}".strip()
