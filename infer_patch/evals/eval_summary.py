@@ -43,6 +43,7 @@ def summarise_eval(
         "task": task.name,
         "title": f"{task.title}: {model_id}",
         "headline": task.headline,
+        "unit": task.unit,
         "items": len(reference),
         "groups": len({s["group"] for s in reference}),
         "tokens": tokens,
@@ -63,7 +64,7 @@ def eval_verdict(row: EvalRow, unpatched: EvalRow, task: Task) -> str:
         return f"NOT repeatable: {differ} outputs differ from the first run, so differences of this size mean nothing"
     if row["status"] == "failed":
         return never_took_effect(row["effect"])
-    words = [_quality(row, unpatched, task.headline)]
+    words = [_loss(row, unpatched) if task.unit == "nats" else _quality(row, unpatched, task.headline)]
     if not task.through_cache:
         words += ["answers come from the prefill, so what the cache keeps was not exercised"] if _stores(row) else []
     cost = row["cost"]
@@ -83,14 +84,25 @@ def _quality(row: EvalRow, unpatched: EvalRow, headline: str) -> str:
     if paired_ is None:
         return text
     low, high = 100 * paired_["low"], 100 * paired_["high"]
-    flips = f"{paired_['lost']} lost, {paired_['won']} won, p = {paired_['p_value']:.2g}"
+    flips = f"{paired_['lost']} lost, {paired_['won']} won, p = {paired_['p_value'] or 0:.2g}"
     span = f"{100 * paired_['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]; {flips}"
     if paired_["lost"] == paired_["won"] == 0 and paired_["difference"] == 0:
         return f"no answer changes between right and wrong: {text}"
-    if paired_["p_value"] < SIGNIFICANT:
+    if paired_["p_value"] is not None and paired_["p_value"] < SIGNIFICANT:
         return f"{'WORSE' if paired_['difference'] < 0 else 'better'} than unpatched: {text}: {span}"
     worst = f"; a loss of up to {-low:.1f} points is not ruled out" if low < 0 else ""
     return f"no difference shown: {text}: {span}{worst}"
+
+
+def _loss(row: EvalRow, unpatched: EvalRow) -> str:
+    """For losses in nats per token: worse where the whole interval lies above zero."""
+    found, text = row["paired"], f"ppl {row['metrics']['ppl']:.2f}, unpatched {unpatched['metrics']['ppl']:.2f}"
+    if found is None or found["difference"] == found["low"] == found["high"] == 0:
+        return f"the same loss to the last digit: {text}"
+    span = f"{found['difference']:+.3f} nats per token [{found['low']:+.3f}, {found['high']:+.3f}]"
+    if found["low"] > 0:
+        return f"WORSE than unpatched: {text}: {span}"
+    return f"{'better than unpatched' if found['high'] < 0 else 'no difference shown'}: {text}: {span}"
 
 
 def _speed(what: str, ratio: Interval | None, batches: int) -> str:
@@ -127,7 +139,7 @@ def _row(
         "verdict": "",
         "items": len(samples),
         "metrics": task.metrics(_scored(samples)),
-        "paired": None if name == UNPATCHED else _paired(pairs, seed),
+        "paired": None if name == UNPATCHED else _paired(task, pairs, seed),
         "identical": None
         if name == UNPATCHED
         else {"count": sum(a["output"] == b["output"] for a, b in pairs), "of": len(pairs)},
@@ -136,9 +148,11 @@ def _row(
     }
 
 
-def _paired(pairs: Sequence[tuple[EvalSample, EvalSample]], seed: int) -> PairedDifference:
-    before, after = ([float(pair[i]["score"]["correct"]) for pair in pairs] for i in (0, 1))
+def _paired(task: Task, pairs: Sequence[tuple[EvalSample, EvalSample]], seed: int) -> PairedDifference:
+    before, after = ([task.value(pair[i]["score"]) for pair in pairs] for i in (0, 1))
     found: Any = paired(before, after, [pair[0]["group"] for pair in pairs], seed).to_dict()
+    if task.unit != "share":  # nothing is right or wrong, so nothing flips
+        found |= {"lost": 0, "won": 0, "p_value": None}
     return found
 
 

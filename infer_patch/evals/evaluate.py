@@ -23,7 +23,7 @@ from infer_patch.evals.compare import Progress, checked, model_facts
 from infer_patch.evals.cost import rotated
 from infer_patch.evals.eval_folder import EvalFolder
 from infer_patch.evals.eval_summary import summarise_eval
-from infer_patch.evals.generation import collate, generate_batch
+from infer_patch.evals.generation import BatchTrace
 from infer_patch.evals.prompts import encode, prompt_hash
 from infer_patch.evals.results import git_commit, plain
 from infer_patch.evals.schema import SCHEMA, EvalSample, EvalSummary, Manifest
@@ -196,7 +196,7 @@ class _Runner:
             if number != current:
                 current, inputs = number, [self._encoded(item) for item in self._batches[number]]
             if not warm:  # the first call of a process pays for allocations and compiled kernels
-                generate_batch(self.model, self._collated(inputs), 2)
+                self._run(inputs, 2)
                 warm = True
             yield self._answer(number, name, inputs)
         if on_progress is not None:
@@ -209,10 +209,10 @@ class _Runner:
     def _encoded(self, item: Item) -> dict[str, Any]:
         return encode(item.prompt, self.processor, self.model, self.task.chat)
 
-    def _collated(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _run(self, inputs: list[dict[str, Any]], max_new_tokens: int) -> BatchTrace:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-        return collate(inputs, pad)
+        return self.task.answer(self.model, inputs, pad, max_new_tokens)
 
     def _answer(self, number: int, name: str, inputs: list[dict[str, Any]]) -> list[EvalSample]:
         items, plan = self._batches[number], self.plans[name]
@@ -222,13 +222,13 @@ class _Runner:
             warnings.filterwarnings("ignore", ".*never took effect", UserWarning)  # the verdict says so
             handle = None if plan is None else patch(self.model, plan)
             try:
-                trace = generate_batch(self.model, self._collated(inputs), longest)
+                trace = self._run(inputs, longest)
                 report = None if handle is None else handle.report()
             finally:
                 if handle is not None:
                     handle.remove()
         rows: list[EvalSample] = []
-        for item, encoded, ids in zip(items, inputs, trace.ids):
+        for i, (item, encoded, ids) in enumerate(zip(items, inputs, trace.ids)):
             ids = ids[: item.facts.get("max_new_tokens", longest)]
             output = str(self.processor.decode(ids, skip_special_tokens=True))
             rows.append(
@@ -243,7 +243,7 @@ class _Runner:
                     "prompt_tokens": int(encoded["input_ids"].shape[1]),
                     "output": output,
                     "output_tokens": len(ids),
-                    "score": plain(self.task.score(item, output)),
+                    "score": plain(trace.scores[i] if trace.scores else self.task.score(item, output)),
                     "first_token_s": trace.first_token_s,
                     "per_token_s": trace.per_token_s,
                     "cache_bytes": trace.cache_bytes,

@@ -88,12 +88,14 @@ class BatchTrace:
     """One generation for a batch: output tokens of each sample up to its end token, and what the batch cost.
 
     `per_token_s` is the time of one decoding step, None when there was none; `cache_bytes` is that of the whole batch.
+    `scores` are given by tasks that measure the model itself rather than its output.
     """
 
     ids: list[list[int]]
     first_token_s: float
     per_token_s: float | None
     cache_bytes: int
+    scores: list[dict[str, Any]] | None = None
 
 
 @torch.no_grad()

@@ -194,7 +194,7 @@ class PairedDifference(TypedDict):
     high: float
     lost: int
     won: int
-    p_value: float
+    p_value: float | None
     groups: int
 
 
@@ -234,6 +234,7 @@ class EvalSummary(TypedDict):
     task: str
     title: str
     headline: str
+    unit: Literal["share", "nats"]
     items: int
     groups: int
     tokens: Interval

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
+from infer_patch.evals.generation import BatchTrace, collate, generate_batch
 from infer_patch.evals.prompts import Prompt
 
 
@@ -48,12 +49,14 @@ class Scored(TypedDict):
 class Task(ABC):
     """An evaluation: `items` are answered greedily by every plan, `score` judges one answer, `metrics` all of them.
 
-    A task is a dataclass of plain values (its settings go into the manifest) and draws everything from its seed.
+    A task is a dataclass of plain values (its settings go into the manifest) and draws everything from its seed. Runs
+    are compared by `value` of their scores: a share of right ("share"), or a loss in nats per token ("nats").
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     headline: ClassVar[str]  # the metric a table shows first; one of `metrics`
+    unit: ClassVar[Literal["share", "nats"]] = "share"
     through_cache: ClassVar[bool] = True  # False: answers are read off the prefill, so a cache method shows no loss
     max_new_tokens: int
     chat: bool | None = None  # None: the chat template where there is one
@@ -65,6 +68,14 @@ class Task(ABC):
     @abstractmethod
     def score(self, item: Item, output: str) -> dict[str, Any]:
         """Plain values that judge one output; "correct" (bool, or a share from 0 to 1) is always among them."""
+
+    def answer(self, model: Any, inputs: list[dict[str, Any]], pad_token_id: int, max_new_tokens: int) -> BatchTrace:
+        """Answer one batch: greedy, unless a task reads something else off the model."""
+        return generate_batch(model, collate(inputs, pad_token_id), max_new_tokens)
+
+    def value(self, score: Mapping[str, Any]) -> float:
+        """The number that runs are compared by, item by item."""
+        return float(score["correct"])
 
     @abstractmethod
     def metrics(self, rows: Sequence[Scored]) -> dict[str, float]:

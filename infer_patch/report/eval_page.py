@@ -35,7 +35,7 @@ def render_eval(manifest: Manifest, summary: EvalSummary, samples: Sequence[Eval
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.globals.update(number=number, formats=formats, tables=eval_tables)
+    pages.globals.update(number=number, formats=formats, tables=eval_tables, metric=_shown_as)
     rows = summary["rows"]
     return pages.get_template("eval.html.jinja").render(
         manifest=manifest,
@@ -49,6 +49,10 @@ def render_eval(manifest: Manifest, summary: EvalSummary, samples: Sequence[Eval
         yaml={plan["name"]: plan_yaml(plan) for plan in manifest["plans"]},
         facts=manifest_facts(manifest),
     )
+
+
+def _shown_as(name: str) -> Any:
+    return lambda value: eval_tables.metric(name, value)
 
 
 def read_eval(path: str | Path) -> tuple[Manifest, EvalSummary, list[EvalSample]]:
@@ -105,7 +109,7 @@ def _flips(summary: EvalSummary, samples: Sequence[EvalSample]) -> dict[str, lis
     """Answers that went from right to wrong or back, by run: item, reference, both outputs."""
     base = {s["item"]: s for s in samples if s["plan"] == UNPATCHED}
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in summary["rows"]:
+    for row in summary["rows"] if summary["unit"] == "share" else ():
         if row["role"] != "plan":
             continue
         rows = []

@@ -12,6 +12,7 @@ from infer_patch.evals.schema import EvalRow, EvalSummary, Interval
 from infer_patch.evals.verdict import megabytes
 from infer_patch.report import formats
 
+NUMBERS = {"nll": 3, "ppl": 2, "rouge1_f": 2}  # metrics that are no shares, with their digits
 SHOWN = 3  # metrics beside the headline that fit a terminal
 
 
@@ -25,7 +26,7 @@ def eval_table(summary: EvalSummary, width: int = 100) -> Table:
     table.add_column("", overflow="fold")
     for heading in [
         *(name.replace("_", "\n") for name in names),
-        "points [95 %]",
+        "points [95 %]" if summary["unit"] == "share" else "nats [95 %]",
         "lost\nwon",
         "first\ntoken",
         "per\ntoken",
@@ -38,8 +39,8 @@ def eval_table(summary: EvalSummary, width: int = 100) -> Table:
         cost = row["cost"]
         table.add_row(
             row["name"],
-            *(formats.share(row["metrics"][name]) for name in names),
-            points(row),
+            *(metric(name, row["metrics"][name]) for name in names),
+            points(row, summary["unit"]),
             flips(row),
             timed(cost["first_token_s"], cost["first_token_ratio"]),
             timed(cost["per_token_s"], cost["per_token_ratio"]),
@@ -69,16 +70,26 @@ def shown_metrics(summary: EvalSummary, more: int) -> list[str]:
     return [summary["headline"], *[name for name in names if name != summary["headline"]][:more]]
 
 
-def points(row: EvalRow) -> str:
+def metric(name: str, value: float | None) -> str:
+    """Shares in per cent, losses in nats and perplexities as they are."""
+    return formats.share(value) if value is None or name not in NUMBERS else f"{value:.{NUMBERS[name]}f}"
+
+
+def points(row: EvalRow, unit: str) -> str:
+    """Difference to unpatched with its interval: percentage points, or nats per token."""
     found = row["paired"]
     if found is None:
         return formats.NONE
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" if (low, high) != (0, 0) else "0"
+    if found["low"] == found["high"] == found["difference"] == 0:
+        return "0"
+    scale, digits = (100, 1) if unit == "share" else (1, 3)
+    low, middle, high = (scale * found[key] for key in ("low", "difference", "high"))
+    return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def flips(row: EvalRow) -> str:
-    return formats.NONE if row["paired"] is None else f"{row['paired']['lost']} / {row['paired']['won']}"
+    found = row["paired"]
+    return formats.NONE if found is None or found["p_value"] is None else f"{found['lost']} / {found['won']}"
 
 
 def timed(value: Interval | None, ratio: Interval | None) -> str:
