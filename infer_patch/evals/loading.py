@@ -20,7 +20,8 @@ def load(
     Parameters
     ----------
     name : str
-        "demo", a hub id, or a folder. Code that comes with a checkpoint is never run.
+        "demo" (a language model), "demo-vlm" (a small vision-language model inside this package), a hub id, or a
+        folder. Code that comes with a checkpoint is never run.
     device : str
         "cpu", "cuda", ...; "auto" takes a GPU if there is one.
     dtype : str
@@ -31,6 +32,8 @@ def load(
     _check_device(device)
     if name == "demo":
         return _demo(device, dtype, on_status)
+    if name == "demo-vlm":
+        return _demo_vlm(device, dtype)
     if on_status is not None:
         on_status(f"Loading {name}")
     return _from_pretrained(name, device, dtype)
@@ -60,6 +63,13 @@ def _demo(device: str, dtype: str, on_status: Callable[[str], None] | None) -> t
     except FileNotFoundError as error:
         raise PatchError(str(error)) from error
     return _placed(model, device), tokenizer
+
+
+def _demo_vlm(device: str, dtype: str) -> tuple[Any, Any]:
+    from infer_patch.demo_vlm import load_demo_vlm
+
+    model, processor = load_demo_vlm(_precision(dtype) or (torch.float32 if device == "cpu" else torch.bfloat16))
+    return _placed(model, device), processor
 
 
 def _from_pretrained(name: str, device: str, dtype: str) -> tuple[Any, Any]:
