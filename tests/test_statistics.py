@@ -29,6 +29,14 @@ def test_flips_and_difference():
     assert found.low <= found.difference <= found.high
 
 
+def test_weights_count_items_several_times():
+    one = paired([1, 1, 0], [0, 1, 1], list("abc"), weights=[3, 1, 1])
+    rows = paired([1, 1, 1, 1, 0], [0, 0, 0, 1, 1], list("aaabc"))
+    assert one.difference == rows.difference == pytest.approx(-0.4)
+    assert (one.low, one.high) == pytest.approx((rows.low, rows.high))
+    assert (one.lost, rows.lost) == (1, 3)
+
+
 def test_clusters_widen_the_interval():
     """Twenty copies of the same ten answers are ten answers."""
     values = np.array([1.0, 0, 0, 1, -1, 0, 0, 0, 1, 0])

@@ -13,6 +13,7 @@ from infer_patch.cli.bench import bench
 from infer_patch.cli.compare import compare
 from infer_patch.cli.demo import demo
 from infer_patch.cli.doctor import doctor
+from infer_patch.cli.eval import evaluations
 from infer_patch.cli.list import show
 from infer_patch.errors import MissingDependencyError, PatchError
 
@@ -58,6 +59,7 @@ app.command("demo")(demo)
 app.command("compare")(compare)
 app.command("list")(show)
 app.command("doctor")(doctor)
+app.add_typer(evaluations, name="eval")
 app.add_typer(bench, name="bench")
 
 

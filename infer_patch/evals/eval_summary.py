@@ -41,7 +41,7 @@ def summarise_eval(
     return {
         "schema": SCHEMA,
         "task": task.name,
-        "title": f"{task.title}: {model_id}",
+        "title": f"{task.title} · {model_id}",
         "headline": task.headline,
         "unit": task.unit,
         "items": len(reference),
@@ -150,7 +150,8 @@ def _row(
 
 def _paired(task: Task, pairs: Sequence[tuple[EvalSample, EvalSample]], seed: int) -> PairedDifference:
     before, after = ([task.value(pair[i]["score"]) for pair in pairs] for i in (0, 1))
-    found: Any = paired(before, after, [pair[0]["group"] for pair in pairs], seed).to_dict()
+    weights = [task.weight(base["facts"]) for base, _ in pairs]
+    found: Any = paired(before, after, [base["group"] for base, _ in pairs], seed, weights=weights).to_dict()
     if task.unit != "share":  # nothing is right or wrong, so nothing flips
         found |= {"lost": 0, "won": 0, "p_value": None}
     return found

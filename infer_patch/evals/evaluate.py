@@ -125,7 +125,7 @@ def evaluate(
         "seed": seed,
         "settings": plain(settings),
         "model": model_facts(model, model_id),
-        "machine": machine(),
+        "machine": {**machine(), "processes": shard.count},
         "plans": [plan.to_dict() for plan in wanted],
     }
     folder = EvalFolder(out, shard)
@@ -161,7 +161,7 @@ def at_random(plan: Plan) -> Plan | None:
             methods.append(RandomPruning(**shared))
         else:
             methods.append(method)
-    return None if tuple(methods) == plan.methods else Plan(tuple(methods), f"{plan.name}-at-random")
+    return None if tuple(methods) == plan.methods else Plan(tuple(methods), f"{plan.name}-random")
 
 
 class _Runner:

@@ -1,4 +1,4 @@
-"""One of several processes that share an evaluation, as `accelerate launch` and `torchrun` start them."""
+"""One of several processes that share an evaluation, as `torchrun` and `accelerate launch --multi_gpu` start them."""
 
 from __future__ import annotations
 

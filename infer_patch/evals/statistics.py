@@ -47,9 +47,17 @@ class Paired:
 
 
 def paired(
-    reference: Sequence[float], other: Sequence[float], groups: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
+    reference: Sequence[float],
+    other: Sequence[float],
+    groups: Sequence[str],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    weights: Sequence[float] | None = None,
 ) -> Paired:
-    """Compare scores (0 to 1) of the same items in the same order. An item counts as right from 0.5 on."""
+    """Compare scores (0 to 1) of the same items in the same order. An item counts as right from 0.5 on.
+
+    `weights` count in the difference and its interval (an item that stands for several rows); flips are of items.
+    """
     if not len(reference) == len(other) == len(groups) or not len(reference):
         raise ValueError(
             f"paired scores need equal, non-zero lengths, got {len(reference)}, {len(other)}, {len(groups)}"
@@ -57,8 +65,11 @@ def paired(
     before, after = np.asarray(reference, float), np.asarray(other, float)
     lost = int(((before >= 0.5) & (after < 0.5)).sum())
     won = int(((before < 0.5) & (after >= 0.5)).sum())
-    low, high = cluster_bootstrap(after - before, groups, seed, resamples)
-    return Paired(float((after - before).mean()), low, high, lost, won, mcnemar(lost, won), len(set(groups)))
+    weight = np.ones_like(before) if weights is None else np.asarray(weights, float)
+    low, high = cluster_bootstrap(after - before, groups, seed, resamples, weight)
+    return Paired(
+        float(np.average(after - before, weights=weight)), low, high, lost, won, mcnemar(lost, won), len(set(groups))
+    )
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -70,11 +81,16 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def cluster_bootstrap(
-    values: np.ndarray, groups: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
+    values: np.ndarray,
+    groups: Sequence[str],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    weights: np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values`, drawing whole groups with replacement."""
+    """95 % percentile interval of the (weighted) mean of `values`, drawing whole groups with replacement."""
+    weights = np.ones(len(values)) if weights is None else weights
     _, index = np.unique(np.asarray(groups), return_inverse=True)
-    sums, sizes = np.bincount(index, values), np.bincount(index)
+    sums, sizes = np.bincount(index, values * weights), np.bincount(index, weights)
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)
     for start in range(0, resamples, 1000):  # a thousand at a time bounds the memory

@@ -77,6 +77,10 @@ class Task(ABC):
         """The number that runs are compared by, item by item."""
         return float(score["correct"])
 
+    def weight(self, facts: Mapping[str, Any]) -> float:
+        """How many rows of the benchmark an item stands for, so that paired differences match the headline."""
+        return 1.0
+
     @abstractmethod
     def metrics(self, rows: Sequence[Scored]) -> dict[str, float]:
         """Metrics by name, headline included; shares are from 0 to 1."""

@@ -45,16 +45,24 @@ def pareto(title: str, points: Sequence[tuple[str, float, float]], headline: str
     if not is_available("matplotlib"):
         return None
     with _drawing(title, (6.4, 3.0)) as (drawing, panel):
-        for name, ratio, score in points:  # a letter as the mark: real marks are references, which `for_page` cuts out
+        for i, (name, ratio, score) in enumerate(
+            points
+        ):  # a letter as the mark: real marks are references, which `for_page` cuts out
             panel.update_datalim([(ratio, score)])
             panel.text(ratio, score, "●", ha="center", va="center", color=BAR, fontsize=11)
-            panel.annotate(name, (ratio, score), xytext=(8, 5), textcoords="offset points", color=INK, fontsize=9)
+            panel.annotate(name, (ratio, score), **_LABELS[i % 2], color=INK, fontsize=9)
         panel.autoscale_view()
         panel.set_xlabel("time to first token, ratio to unpatched", color=INK)
         panel.set_ylabel(headline, color=INK)
         panel.margins(x=0.25, y=0.2)
         panel.axvline(1, color=INK, linewidth=0.6, linestyle=":")
         return _finished(drawing, panel, title)
+
+
+_LABELS: Any = (  # by turns above right and below left, so that neighbours stay readable
+    {"xytext": (8, 5), "textcoords": "offset points"},
+    {"xytext": (-8, -14), "textcoords": "offset points", "ha": "right"},
+)
 
 
 class _drawing:

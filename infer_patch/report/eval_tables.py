@@ -17,36 +17,35 @@ SHOWN = 3  # metrics beside the headline that fit a terminal
 
 
 def eval_table(summary: EvalSummary, width: int = 100) -> Table:
-    """A row per run: headline, other metrics over all items, flips, cost."""
-    names = shown_metrics(summary, SHOWN if width >= 96 else 1)
-    title = f"{summary['title']}, {summary['items']:,} items in {summary['groups']:,} groups"
+    """A row per run: headline, other metrics over all items, flips, cost. Below 110 columns costs are ratios only."""
+    narrow = width < 110
+    names = shown_metrics(summary, 0 if narrow else SHOWN)
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1)
+        title=f"{summary['title']}, {summary['items']:,} items in {summary['groups']:,} groups",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
     )
     table.add_column("", overflow="fold")
-    for heading in [
-        *(name.replace("_", "\n") for name in names),
-        "points [95 %]" if summary["unit"] == "share" else "nats [95 %]",
-        "lost\nwon",
-        "first\ntoken",
-        "per\ntoken",
-        "cache",
-    ]:
+    difference = "points [95 %]" if summary["unit"] == "share" else "nats [95 %]"
+    costs = ("first\ntoken", "per\ntoken", "cache")
+    for heading in (*(name.replace("_", "\n") for name in names), difference, "lost /\nwon", *costs):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = summary["rows"]
     for i, row in enumerate(rows):
-        ends = i + 1 == len(rows) or rows[i + 1]["role"] != row["role"]
         cost = row["cost"]
         table.add_row(
             row["name"],
             *(metric(name, row["metrics"][name]) for name in names),
             points(row, summary["unit"]),
             flips(row),
-            timed(cost["first_token_s"], cost["first_token_ratio"]),
-            timed(cost["per_token_s"], cost["per_token_ratio"]),
+            timed(cost["first_token_s"], cost["first_token_ratio"], narrow),
+            timed(cost["per_token_s"], cost["per_token_ratio"], narrow),
             megabytes(cost["cache_bytes"]),
             style="dim" if row["role"] == "control" else "",
-            end_section=ends,
+            end_section=i + 1 == len(rows) or rows[i + 1]["role"] != row["role"],
         )
     return table
 
@@ -92,7 +91,8 @@ def flips(row: EvalRow) -> str:
     return formats.NONE if found is None or found["p_value"] is None else f"{found['lost']} / {found['won']}"
 
 
-def timed(value: Interval | None, ratio: Interval | None) -> str:
+def timed(value: Interval | None, ratio: Interval | None, short: bool = False) -> str:
     if value is None:
         return formats.NONE
-    return f"{formats.seconds(value['median'])} {formats.ratio(ratio and ratio['median'])}".strip()
+    relative = formats.ratio(ratio and ratio["median"])
+    return relative if short and relative else f"{formats.seconds(value['median'])} {relative}".strip()

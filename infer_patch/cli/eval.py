@@ -1,0 +1,235 @@
+"""`infer-patch eval`: a benchmark answered unpatched and with plans, on the same batches, with paired statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from infer_patch.cli.compare import command_line, progress_bar, quiet
+
+if TYPE_CHECKING:
+    from infer_patch.evals.evaluate import Evaluation
+    from infer_patch.evals.task import Task
+
+Model = Annotated[str, typer.Argument(help="A hub id, a folder, `demo` or `demo-vlm` (the demo models).")]
+Plans = Annotated[list[str], typer.Option("--plan", help="A preset or a .yaml file; give it again for more plans.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts per batch; the same batches for every run.", min=1)]
+Control = Annotated[int, typer.Option(help="Batches that unpatched answers twice, as the floor.", min=0)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")]
+Out = Annotated[Path | None, typer.Option(help="Result folder; the same one again goes on with an unfinished run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result of other settings in the folder.")]
+Seed = Annotated[int, typer.Option(help="Draws the items.")]
+TextFolder = Annotated[Path | None, typer.Option("--text", help="Folder of .txt files as the haystack.")]
+
+evaluations = typer.Typer(
+    help="Run a benchmark unpatched and with each plan: quality with paired statistics, cost, verdict.",
+    no_args_is_help=True,
+)
+
+
+@evaluations.command()
+def pope(
+    model: Model,
+    plan: Plans,
+    questions: Annotated[
+        list[Path] | None, typer.Option(help="An official question file (JSON lines); again for each split.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures that the files name.")] = None,
+    hub: Annotated[str | None, typer.Option(help="A data set of the hub instead, such as lmms-lab/POPE.")] = None,
+    scenes: Annotated[int, typer.Option(help="Without files: pictures of the built-in set, 18 questions each.")] = 50,
+    limit_images: Annotated[int | None, typer.Option(help="Only that many pictures, with all their questions.")] = None,
+    random_baseline: Annotated[
+        bool, typer.Option("--random-baseline", help="Beside every pruning plan, one that prunes at random.")
+    ] = False,
+    batch_size: BatchSize = 8,
+    control_batches: Control = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+) -> None:
+    """Object presence in pictures (POPE): yes or no, three splits. Without files, generated scenes of shapes."""
+
+    def make() -> Task:
+        from infer_patch.errors import PatchError
+        from infer_patch.evals.pope import Pope, PopeHub
+        from infer_patch.evals.pope_scenes import PopeScenes
+
+        if questions and hub:
+            raise PatchError("--questions and --hub name two sources; give one.")
+        if bool(questions) != bool(images):
+            raise PatchError("question files need --images, the folder of their pictures, and the other way round.")
+        if questions and images:
+            return Pope(files=tuple(questions), images=images, limit_images=limit_images, seed=seed)
+        if hub:
+            return PopeHub(dataset=hub, limit_images=limit_images, seed=seed)
+        return PopeScenes(scenes=limit_images or scenes, seed=seed)
+
+    run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed, random_baseline)
+
+
+@evaluations.command()
+def needle(
+    model: Model,
+    plan: Plans,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a prompt; again for more. [1000, 2000, 3000]")
+    ] = None,
+    depth: Annotated[list[float] | None, typer.Option(help="Share of text before the needle; again for more.")] = None,
+    repeats: Annotated[int, typer.Option(help="Prompts per cell, each with its own text and number.", min=1)] = 1,
+    text: TextFolder = None,
+    batch_size: BatchSize = 1,
+    control_batches: Control = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+) -> None:
+    """A number hidden in a long text, over a grid of depths and lengths; heat maps per plan and of the difference."""
+
+    def make() -> Task:
+        from infer_patch.evals.needle import NeedleGrid
+
+        given: dict[str, Any] = {}
+        if length:
+            given["lengths"] = tuple(length)
+        if depth:
+            given["depths"] = tuple(depth)
+        return NeedleGrid(repeats=repeats, text_folder=text, seed=seed, **given)
+
+    run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed)
+
+
+@evaluations.command()
+def ruler(
+    model: Model,
+    plan: Plans,
+    task: Annotated[list[str] | None, typer.Option(help="A RULER task, such as niah_multikey_1; default all.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens, those to be generated included; again for more.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Prompts per task and length.", min=1)] = 10,
+    text: TextFolder = None,
+    batch_size: BatchSize = 1,
+    control_batches: Control = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    seed: Seed = 42,
+) -> None:
+    """RULER without its question answering, generated offline: needles, variable tracking, word counts."""
+
+    def make() -> Task:
+        from infer_patch.evals.ruler import Ruler
+
+        given: dict[str, Any] = {}
+        if task:
+            given["tasks"] = tuple(task)
+        if length:
+            given["lengths"] = tuple(length)
+        return Ruler(samples=samples, text_folder=text, seed=seed, **given)
+
+    run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed)
+
+
+@evaluations.command()
+def ppl(
+    model: Model,
+    plan: Plans,
+    tokens: Annotated[int, typer.Option(help="Tokens per window.")] = 3072,
+    windows: Annotated[int, typer.Option(help="Consecutive windows of the text.")] = 4,
+    prefill: Annotated[int, typer.Option(help="Tokens read at once, not scored; 0: one pass, no cache.")] = 2944,
+    chunk: Annotated[int, typer.Option(help="Tokens per step after the prefill; 1 is what decoding does.")] = 1,
+    text: TextFolder = None,
+    control_batches: Control = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+) -> None:
+    """Perplexity of windows of text: the first part prefilled, the rest scored through the cache."""
+
+    def make() -> Task:
+        from infer_patch.evals.perplexity import Perplexity
+
+        return Perplexity(tokens=tokens, windows=windows, prefill=prefill, chunk=chunk, text_folder=text, seed=seed)
+
+    run(model, plan, make, 1, control_batches, device, dtype, out, overwrite, seed)
+
+
+def run(
+    model: str,
+    plan: list[str],
+    make: Callable[[], Task],
+    batch_size: int,
+    control_batches: int,
+    device: str,
+    dtype: str,
+    out: Path | None,
+    overwrite: bool,
+    seed: int,
+    random_baseline: bool = False,
+) -> None:
+    """Load, evaluate, show. Exit code 1 when a method of a plan never took effect, 2 when the run could not be made."""
+    from infer_patch.evals.shards import Shard
+
+    console = Console(stderr=True, quiet=not Shard.from_environment().first)
+    with console.status("Loading PyTorch and transformers") as status:
+        from infer_patch.evals.evaluate import evaluate
+        from infer_patch.evals.loading import load
+        from infer_patch.plan import Plan
+
+        task, plans = make(), [Plan.of(p) for p in plan]
+        name = Path(model).name or "model"
+        out = out or Path(f"infer-patch-{task.name}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        with quiet():
+            loaded, processor = load(model, device, dtype, status.update)
+    try:
+        with progress_bar(console) as on_progress, quiet():
+            found = evaluate(
+                loaded,
+                processor,
+                task,
+                plans,
+                batch_size=batch_size,
+                control_batches=control_batches,
+                random_baseline=random_baseline,
+                seed=seed,
+                out=out,
+                overwrite=overwrite,
+                model_id=model,
+                command=command_line(),
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        console.print(f"Stopped. The same command with --out {out} goes on from here.", highlight=False, markup=False)
+        raise typer.Exit(130) from None
+    if found.summary is None:  # another process shows the result
+        return
+    show(found, Console())
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def show(found: Evaluation, console: Console) -> None:
+    """Print table, verdicts, and where the page is."""
+    from infer_patch.report import eval_tables
+
+    if found.summary is None:
+        return
+    console.print(eval_tables.eval_table(found.summary, console.width))
+    console.print(eval_tables.eval_verdicts(found.summary))
+    if found.page is not None:
+        console.print()
+        console.print(f"Page    {found.page.resolve().as_uri()}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"Folder  {found.folder}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,72 @@
+"""The page of an evaluation in a real browser: nothing fails to load, plots show, it fits a phone and a keyboard."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_evaluate import NARROW, WIDE
+
+from infer_patch.evals.evaluate import evaluate
+from infer_patch.evals.needle import NeedleGrid
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<script>
+addEventListener("error", e => { document.title = "broken: " + e.message; }, true);
+addEventListener("load", () => {
+  const page = document.documentElement, seen = new Set();
+  const controls = [...document.querySelectorAll("summary, a[href], [tabindex='0']")];
+  const reach = controls.filter(e => (e.focus(), document.activeElement === e));
+  const scrolled = [...document.querySelectorAll("*")].filter(e => e.scrollWidth > e.clientWidth + 1
+    && ["auto", "scroll"].includes(getComputedStyle(e).overflowX));
+  document.body.dataset.probe = JSON.stringify({
+    fits: page.scrollWidth <= innerWidth, width: innerWidth, svgs: document.querySelectorAll("svg").length,
+    drawn: [...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height > 20).length,
+    rows: document.querySelectorAll("tbody tr").length, focusable: reach.length,
+    unreachable: scrolled.filter(e => e.tabIndex < 0).length,
+    requests: performance.getEntriesByType("resource").length });
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def page(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "result"
+    task = NeedleGrid(lengths=(700, 900), depths=(0.0, 0.5, 1.0), max_new_tokens=4)
+    return evaluate(*tiny, task, [NARROW, WIDE], out=out).page
+
+
+def probe(page, tmp_path, width):
+    text = page.read_text("utf-8").replace("</head>", PROBE + "</head>")
+    (tmp_path / "probed.html").write_text(text, "utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},900"]
+    command = [
+        BROWSER,
+        *flags,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        f"file://{tmp_path}/probed.html",
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'data-probe="([^"]*)"', ran.stdout)
+    assert found, ran.stderr[-2000:]
+    assert "<title>broken" not in ran.stdout
+    return json.loads(found[1].replace("&quot;", '"')), [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])  # headless Chromium opens no window narrower than 500 px
+def test_the_page_in_a_browser(page, tmp_path, width):
+    found, console = probe(page, tmp_path, width)
+    assert not console
+    assert found["requests"] == 0
+    assert found["fits"], found
+    assert found["svgs"] == found["drawn"] == 6  # a heat map each, two differences, quality against time
+    assert found["rows"] >= 4 and found["focusable"] >= 5 and found["unreachable"] == 0
+
+
+def test_the_page_names_nothing_outside_itself(page):
+    text = page.read_text("utf-8")
+    assert not re.search(r'(src|href)="?(https?:|//)', text) and "<script" not in text
+    assert len(text) < 3_000_000
