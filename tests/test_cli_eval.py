@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,23 @@ def test_ruler_and_ppl(folder, narrow, tmp_path):
     sizes = ["--tokens", 300, "--prefill", 250, "--windows", 2]
     ran = invoke("eval", "ppl", folder, "--plan", narrow, *sizes, "--out", tmp_path / "ppl")
     assert ran.exit_code == 0 and "nats" in ran.output, ran.output
+
+
+def test_report_joins_runs(folder, narrow, tmp_path):
+    for name, length in (("short", 700), ("long", 900)):
+        asked = ["--length", length, "--depth", 0.5, "--out", tmp_path / name]
+        assert invoke("eval", "needle", folder, "--plan", narrow, *asked).exit_code == 0
+    ran = invoke("report", tmp_path / "short", tmp_path / "long", "--out", tmp_path / "both.html")
+    assert ran.exit_code == 0 and "both.html" in ran.output, ran.output
+    page = (tmp_path / "both.html").read_text()
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and {"run-1-top", "run-2-numbers"} <= set(ids)
+    assert set(re.findall(r'aria-labelledby="([^"]+)"', page)) <= set(ids)
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    (tmp_path / "empty").mkdir()
+    ran = invoke("report", tmp_path / "short", tmp_path / "empty", "--out", tmp_path / "none.html")
+    assert ran.exit_code == 2 and "not a finished result folder" in " ".join(ran.output.split())
+    assert not (tmp_path / "none.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_text_of_ones_own(tiny, tmp_path):
     "options, words",
     [
         (dict(tokens=300, prefill=300), "prefill from 0 to tokens - 1"),
-        (dict(tokens=5000, prefill=100), "do not fit this model"),
+        (dict(tokens=5000, prefill=100), "this model takes"),
         (dict(tokens=300, prefill=10, text_folder="empty"), "holds no .txt files"),
     ],
 )

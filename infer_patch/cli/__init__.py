@@ -15,6 +15,7 @@ from infer_patch.cli.demo import demo
 from infer_patch.cli.doctor import doctor
 from infer_patch.cli.eval import evaluations
 from infer_patch.cli.list import show
+from infer_patch.cli.report import report
 from infer_patch.errors import MissingDependencyError, PatchError
 
 
@@ -59,6 +60,7 @@ app.command("demo")(demo)
 app.command("compare")(compare)
 app.command("list")(show)
 app.command("doctor")(doctor)
+app.command("report")(report)
 app.add_typer(evaluations, name="eval")
 app.add_typer(bench, name="bench")
 

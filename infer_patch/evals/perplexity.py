@@ -20,6 +20,7 @@ from infer_patch.cache import cache_bytes
 from infer_patch.errors import PatchError
 from infer_patch.evals.generation import BatchTrace
 from infer_patch.evals.haystack import build_haystack
+from infer_patch.evals.needle import check_context, read_texts
 from infer_patch.evals.prompts import Prompt
 from infer_patch.evals.task import Item, Scored, Task
 
@@ -74,17 +75,12 @@ class Perplexity(Task):
 
     def items(self, processor: Any, model: Any) -> list[Item]:
         tokenizer = getattr(processor, "tokenizer", processor)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and self.tokens > limit:
-            raise PatchError(f"windows of {self.tokens:,} tokens do not fit this model, which takes {limit:,}.")
+        check_context(model, self.tokens, "the length of a window")
         needed = self.tokens * self.windows
         if self.text_folder is None:
             text = build_haystack(tokenizer, needed + needed // 20 + 64, self.seed)
         else:
-            files = sorted(self.text_folder.glob("*.txt"))
-            if not files:
-                raise PatchError(f"{self.text_folder} holds no .txt files; give a folder of texts.")
-            text = "\n\n".join(file.read_text("utf-8") for file in files)
+            text = read_texts(self.text_folder)
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if len(ids) < needed:
             raise PatchError(

@@ -19,14 +19,19 @@ from infer_patch.report.page import manifest_facts, number, plan_yaml
 EXAMPLES = 40  # flipped answers that the page lists per run
 
 
+Run = tuple[Manifest, EvalSummary, Sequence[EvalSample]]
+
+
 def render_eval(manifest: Manifest, summary: EvalSummary, samples: Sequence[EvalSample]) -> str:
-    """The page as text. Everything that a model, a file or a user wrote is escaped."""
+    """The page of one evaluation as text. Everything that a model, a file or a user wrote is escaped."""
+    return render_runs([(manifest, summary, samples)])
+
+
+def render_runs(runs: Sequence[Run]) -> str:
+    """Several evaluations on one page, with an overview in front; one of them is a page of its own."""
     require("jinja2", "The HTML page")
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
-
-    def safe(drawn: str | None) -> Any:
-        return None if drawn is None else Markup(drawn)
 
     pages = Environment(
         loader=PackageLoader("infer_patch.report", "."),
@@ -36,19 +41,42 @@ def render_eval(manifest: Manifest, summary: EvalSummary, samples: Sequence[Eval
         lstrip_blocks=True,
     )
     pages.globals.update(number=number, formats=formats, tables=eval_tables, metric=_shown_as)
-    rows = summary["rows"]
+    part = pages.get_template("eval_run.html.jinja")
+    shown = []
+    for i, (manifest, summary, samples) in enumerate(runs):
+        at = f"run-{i + 1}-" if len(runs) > 1 else ""
+        body = Markup(part.render(at=at, **_values(manifest, summary, samples)))
+        shown.append({"id": at + "top", "manifest": manifest, "summary": summary, "body": body})
+    title = runs[0][1]["title"] if len(runs) == 1 else f"{len(runs)} evaluations"
     return pages.get_template("eval.html.jinja").render(
-        manifest=manifest,
-        summary=summary,
-        plans=[row for row in rows if row["role"] == "plan"],
-        metrics=eval_tables.shown_metrics(summary, 4),
-        parts=[name for name in rows[0]["metrics"] if name not in eval_tables.shown_metrics(summary, 4)],
-        heat=[(title, safe(drawn)) for title, drawn in _heat_maps(summary)],
-        pareto=safe(_pareto(summary)),
-        flips=_flips(summary, samples),
-        yaml={plan["name"]: plan_yaml(plan) for plan in manifest["plans"]},
-        facts=manifest_facts(manifest),
+        runs=shown,
+        title=title,
+        version=runs[0][0]["machine"]["versions"]["infer_patch"],
+        show=lambda name, row: eval_tables.metric(name, row["metrics"][name]),
     )
+
+
+def _values(manifest: Manifest, summary: EvalSummary, samples: Sequence[EvalSample]) -> dict[str, Any]:
+    """What the template of one run asks for."""
+    from markupsafe import Markup
+
+    def safe(drawn: str | None) -> Any:
+        return None if drawn is None else Markup(drawn)
+
+    rows = summary["rows"]
+    shown = eval_tables.shown_metrics(summary, 4)
+    return {
+        "manifest": manifest,
+        "summary": summary,
+        "plans": [row for row in rows if row["role"] == "plan"],
+        "metrics": shown,
+        "parts": [name for name in rows[0]["metrics"] if name not in shown],
+        "heat": [(title, safe(drawn)) for title, drawn in _heat_maps(summary)],
+        "pareto": safe(_pareto(summary)),
+        "flips": _flips(summary, samples),
+        "yaml": {plan["name"]: plan_yaml(plan) for plan in manifest["plans"]},
+        "facts": manifest_facts(manifest),
+    }
 
 
 def _shown_as(name: str) -> Any:
