@@ -108,6 +108,42 @@ def needle(
     run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed)
 
 
+@evaluations.command("mm-needle")
+def mm_needle(
+    model: Model,
+    plan: Plans,
+    images: Annotated[list[int] | None, typer.Option(help="Images per prompt; again for more. [1, 2]")] = None,
+    grid: Annotated[list[int] | None, typer.Option(help="Cells a side: 1, 2 or 4; again for more. [1, 2, 4]")] = None,
+    samples: Annotated[int, typer.Option(help="Items per number of images and grid.", min=2)] = 40,
+    wording: Annotated[
+        str | None, typer.Option(help="general, or demo: the sentences that demo-vlm knows (its default).")
+    ] = None,
+    random_baseline: Annotated[
+        bool, typer.Option("--random-baseline", help="Beside every pruning plan, one that prunes at random.")
+    ] = False,
+    batch_size: BatchSize = 4,
+    control_batches: Control = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+) -> None:
+    """Which image, and which cell of it, shows an object, or none (after MMNeedle): drawn scenes, nothing to load."""
+
+    def make() -> Task:
+        from infer_patch.evals.mm_needle import MMNeedle
+
+        given: dict[str, Any] = {"wording": wording or ("demo" if model == "demo-vlm" else "general")}
+        if images:
+            given["images"] = tuple(images)
+        if grid:
+            given["grids"] = tuple(grid)
+        return MMNeedle(samples=samples, seed=seed, **given)
+
+    run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed, random_baseline)
+
+
 @evaluations.command()
 def ruler(
     model: Model,

@@ -38,7 +38,7 @@ def eval_table(summary: EvalSummary, width: int = 100) -> Table:
         cost = row["cost"]
         table.add_row(
             row["name"],
-            *(metric(name, row["metrics"][name]) for name in names),
+            *(metric(name, row["metrics"].get(name)) for name in names),
             points(row, summary["unit"]),
             flips(row),
             timed(cost["first_token_s"], cost["first_token_ratio"], narrow),
