@@ -9,6 +9,7 @@ import torch
 
 from infer_patch import Plan, is_patched
 from infer_patch.errors import PatchError
+from infer_patch.evals.eval_summary import eval_verdict
 from infer_patch.evals.evaluate import evaluate
 from infer_patch.evals.generation import collate
 from infer_patch.evals.prompts import Prompt
@@ -80,6 +81,23 @@ def test_a_broken_plan_is_called_worse(tiny, task):
     assert rows["narrow"]["metrics"]["accuracy"] < 0.2 and rows["narrow"]["verdict"].startswith("WORSE than unpatched")
     assert rows["narrow"]["effect"][0]["fired"] == {"count": 8, "of": 8}
     assert rows["identity"]["verdict"].startswith("no answer changes")
+
+
+@pytest.mark.parametrize(
+    "difference, low, high, lost, won, p, words",
+    [
+        (-0.5, -0.8, -0.2, 5, 0, 0.0625, "WORSE than unpatched"),  # few items: the interval warns before p does
+        (-0.1, -0.2, 0.0, 9, 1, 0.02, "WORSE than unpatched"),
+        (-0.1, -0.2, 0.1, 5, 4, 1.0, "no difference shown"),
+        (0.5, 0.2, 0.8, 0, 5, 0.0625, "no difference shown"),
+        (0.5, 0.2, 0.8, 0, 9, 0.004, "better than unpatched"),
+        (0.0, 0.0, 0.0, 0, 0, 1.0, "no answer changes"),
+    ],
+)
+def test_verdicts_warn_early_and_praise_late(tiny, task, difference, low, high, lost, won, p, words):
+    rows = evaluate(*tiny, task, [IDENTITY]).summary["rows"]
+    paired = dict(difference=difference, low=low, high=high, lost=lost, won=won, p_value=p, groups=4)
+    assert eval_verdict({**rows[1], "paired": paired}, rows[0], task).startswith(words)
 
 
 def test_a_plan_that_never_fires_fails(tiny, task):

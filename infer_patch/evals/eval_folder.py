@@ -31,7 +31,7 @@ class EvalFolder:
             raise PatchError("several processes need a result folder to share; give one.")
         self.path = None if path is None else Path(path)
         self.samples: list[EvalSample] = []
-        self._shard, self._began = shard, time.monotonic()
+        self._shard, self._began, self._before = shard, time.monotonic(), 0.0
         self._manifest: Manifest | None = None
 
     @property
@@ -71,7 +71,7 @@ class EvalFolder:
                 if self._shard.first:
                     shutil.rmtree(self.path)
             else:
-                manifest["started"] = old["started"]
+                manifest["started"], self._before = old["started"], old.get("seconds") or 0.0
                 self._end_line()
                 self.samples = self._read()
         if not self._shard.first:
@@ -119,7 +119,8 @@ class EvalFolder:
     def _closed(self, status: Any, error: str | None) -> Manifest:
         if self._manifest is None:
             raise RuntimeError("EvalFolder.open was not called")
-        return {**self._manifest, "status": status, "error": error, "seconds": round(time.monotonic() - self._began, 1)}
+        seconds = round(self._before + time.monotonic() - self._began, 1)
+        return {**self._manifest, "status": status, "error": error, "seconds": seconds}
 
     def _read(self) -> list[EvalSample]:
         """Rows of a finished run, or of all processes of one that is not; a line cut off half-way is left out."""

@@ -88,8 +88,11 @@ def _quality(row: EvalRow, unpatched: EvalRow, headline: str) -> str:
     span = f"{100 * paired_['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]; {flips}"
     if paired_["lost"] == paired_["won"] == 0 and paired_["difference"] == 0:
         return f"no answer changes between right and wrong: {text}"
-    if paired_["p_value"] is not None and paired_["p_value"] < SIGNIFICANT:
-        return f"{'WORSE' if paired_['difference'] < 0 else 'better'} than unpatched: {text}: {span}"
+    significant = paired_["p_value"] is not None and paired_["p_value"] < SIGNIFICANT
+    if high < 0 or (significant and paired_["difference"] < 0):  # either sign of a loss is enough to warn
+        return f"WORSE than unpatched: {text}: {span}"
+    if low > 0 and significant:
+        return f"better than unpatched: {text}: {span}"
     worst = f"; a loss of up to {-low:.1f} points is not ruled out" if low < 0 else ""
     return f"no difference shown: {text}: {span}{worst}"
 

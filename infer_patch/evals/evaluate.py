@@ -34,6 +34,7 @@ from infer_patch.machine import machine
 from infer_patch.method import Method
 from infer_patch.plan import Plan, PlanLike
 from infer_patch.pruning import LayerPruning
+from infer_patch.stats import Report
 
 
 @dataclass
@@ -248,10 +249,21 @@ class _Runner:
                     "per_token_s": trace.per_token_s,
                     "cache_bytes": trace.cache_bytes,
                     "fired": None if report is None or not report.methods else not report.silent,
-                    "effect": None if report is None or rows else plain(report.to_dict()),
+                    "effect": None if report is None or rows else _effect(report),
                 }
             )
         return rows
+
+
+def _effect(report: Report) -> dict[str, Any]:
+    """A report without its counts per picture, which would be most of the file."""
+    found = report.to_dict()
+    methods = {
+        name: {key: value for key, value in figures.items() if key != "kept_per_image"}
+        for name, figures in found["methods"].items()
+    }
+    kept: dict[str, Any] = plain({**found, "methods": methods})
+    return kept
 
 
 def _values(task: Task) -> dict[str, Any]:

@@ -271,7 +271,9 @@ def check_pictures(processor: Any) -> None:
     """Raise `PatchError` unless pillow is here and the model takes pictures."""
     require("pillow", "A task with pictures")
     if not hasattr(processor, "image_processor"):
-        raise PatchError("the questions are about pictures, but this model's processor takes text only; use one with vision.")
+        raise PatchError(
+            "the questions are about pictures, but this model's processor takes text only; use one with vision."
+        )
 
 
 def make_items(pairs: Sequence[Pair], pictures: Mapping[str, Any], suffix: str) -> list[Item]:

@@ -38,7 +38,7 @@ def eval_table(summary: EvalSummary, width: int = 100) -> Table:
         cost = row["cost"]
         table.add_row(
             row["name"],
-            *(metric(name, row["metrics"].get(name)) for name in names),
+            *(metric(name, of_all(summary, row, name)) for name in names),
             points(row, summary["unit"]),
             flips(row),
             timed(cost["first_token_s"], cost["first_token_ratio"], narrow),
@@ -67,6 +67,11 @@ def shown_metrics(summary: EvalSummary, more: int) -> list[str]:
     """The headline and the first metrics that are over all items (those of parts have a / or a space in the name)."""
     names = [name for name in summary["rows"][0]["metrics"] if "/" not in name and " " not in name]
     return [summary["headline"], *[name for name in names if name != summary["headline"]][:more]]
+
+
+def of_all(summary: EvalSummary, row: EvalRow, name: str) -> float | None:
+    """A metric, unless it was taken over fewer items than those beside it."""
+    return row["metrics"].get(name) if row["items"] == summary["items"] else None
 
 
 def metric(name: str, value: float | None) -> str:
