@@ -79,6 +79,7 @@ def test_a_broken_plan_is_called_worse(tiny, task):
     rows = by_name(found)
     assert rows["unpatched"]["metrics"]["accuracy"] == 1
     assert rows["narrow"]["metrics"]["accuracy"] < 0.2 and rows["narrow"]["verdict"].startswith("WORSE than unpatched")
+    assert (rows["narrow"]["status"], rows["identity"]["status"]) == ("worse", "ok")
     assert rows["narrow"]["effect"][0]["fired"] == {"count": 8, "of": 8}
     assert rows["identity"]["verdict"].startswith("no answer changes")
 

@@ -28,7 +28,7 @@ def trained(template):
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     stream, rng = prose.paragraphs(random.Random(0)), random.Random(0)
     text = [" ".join(next(stream)) for _ in range(60)]
-    text += [" ".join([*ruler._ADJECTIVES, *ruler._NOUNS]), " ".join(str(uuid.UUID(int=rng.getrandbits(128))))]
+    text += [" ".join([*ruler.ADJECTIVES, *ruler.NOUNS]), " ".join(str(uuid.UUID(int=rng.getrandbits(128))))]
     core.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1600, special_tokens=["<unk>", "<s>", "</s>"]))
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", chat_template=template)
 
@@ -182,7 +182,7 @@ def test_frequent_words_are_counted_from_the_text(items):
 
 
 def test_no_word_pair_is_part_of_another():
-    adjectives, nouns = ruler._ADJECTIVES, ruler._NOUNS
+    adjectives, nouns = ruler.ADJECTIVES, ruler.NOUNS
     assert len(set(adjectives)) == len(adjectives) and len(set(nouns)) == len(nouns)
     assert len(adjectives) * len(nouns) > 20_000
     assert not any(a != b and a.endswith(b) for a in adjectives for b in adjectives)
@@ -270,8 +270,8 @@ def test_refusals(tokenizer):
 
 
 def test_more_than_there_are_words_for_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(ruler, "_ADJECTIVES", ruler._ADJECTIVES[:2])
-    monkeypatch.setattr(ruler, "_NOUNS", ruler._NOUNS[:20])
+    monkeypatch.setattr(ruler, "ADJECTIVES", ruler.ADJECTIVES[:2])
+    monkeypatch.setattr(ruler, "NOUNS", ruler.NOUNS[:20])
     with pytest.raises(PatchError, match="more than niah_multikey_2 can fill"):
         Ruler(tasks=("niah_multikey_2",), samples=1).items(tokenizer, model())
 

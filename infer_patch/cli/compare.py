@@ -84,10 +84,16 @@ def show(comparison: Comparison, console: Console, with_outputs: bool = True) ->
         console.print(tables.outputs([s for s in comparison.samples if s["prompt"] == name]))
     console.print(tables.comparison_table(comparison.summary, console.width))
     console.print(tables.verdicts(comparison.summary))
-    if comparison.page is not None:
-        console.print()
-        console.print(f"Page    {comparison.page.resolve().as_uri()}", soft_wrap=True, highlight=False, markup=False)
-        console.print(f"Folder  {comparison.folder}", soft_wrap=True, highlight=False, markup=False)
+    show_places(comparison.page, comparison.folder, console)
+
+
+def show_places(page: Path | None, folder: Path | None, console: Console) -> None:
+    """Where the page and its folder are, in lines that can be copied whole."""
+    places = {"Page": None if page is None else page.resolve().as_uri(), "Folder": folder}
+    console.print()
+    for name, place in places.items():
+        if place is not None:
+            console.print(f"{name:<8}{place}", soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from infer_patch.cli.compare import command_line, progress_bar, quiet
+from infer_patch.cli.compare import command_line, progress_bar, quiet, show_places
 
 if TYPE_CHECKING:
     from infer_patch.evals.evaluate import Evaluation
@@ -265,7 +265,4 @@ def show(found: Evaluation, console: Console) -> None:
         return
     console.print(eval_tables.eval_table(found.summary, console.width))
     console.print(eval_tables.eval_verdicts(found.summary))
-    if found.page is not None:
-        console.print()
-        console.print(f"Page    {found.page.resolve().as_uri()}", soft_wrap=True, highlight=False, markup=False)
-        console.print(f"Folder  {found.folder}", soft_wrap=True, highlight=False, markup=False)
+    show_places(found.page, found.folder, console)

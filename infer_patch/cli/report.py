@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from infer_patch.cli.compare import show_places
+
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Result folders of `infer-patch eval`.", metavar="RUN...")],
@@ -23,4 +25,4 @@ def report(
     page = render_runs([read_eval(run) for run in runs])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
-    Console().print(f"Page    {out.resolve().as_uri()}", soft_wrap=True, highlight=False, markup=False)
+    show_places(out, None, Console())

@@ -32,6 +32,8 @@ def summarise_eval(
     reference = by_plan[UNPATCHED]
     rows = [_row(task, name, plans[name], by_plan[name], reference, seed) for name in plans]
     for row in rows[1:]:
+        if row["status"] == "ok" and is_worse(row, task.unit):
+            row["status"] = "worse"
         row["verdict"] = eval_verdict(row, rows[0], task)
     grids = {name: task.grid(_scored(by_plan[name])) for name in plans if name != REPEATED}
     drawn = {name: grid for name, grid in grids.items() if grid is not None}
@@ -59,23 +61,39 @@ def eval_verdict(row: EvalRow, unpatched: EvalRow, task: Task) -> str:
     if row["role"] == "control":
         same = row["identical"] or {"count": 0, "of": 0}
         if same["count"] == same["of"]:
-            return f"all {same['of']} outputs repeat exactly, no flips: the numerical floor is zero"
+            return f"{same['count']} of {same['of']} answers repeat exactly: the numerical floor is zero"
         differ = f"{same['of'] - same['count']} of {same['of']}"
-        return f"NOT repeatable: {differ} outputs differ from the first run, so differences of this size mean nothing"
+        return f"NOT repeatable: {differ} answers differ from the first run, so differences of this size mean nothing"
     if row["status"] == "failed":
         return never_took_effect(row["effect"])
     words = [_loss(row, unpatched) if task.unit == "nats" else _quality(row, unpatched, task.headline)]
     if not task.through_cache:
         words += ["answers come from the prefill, so what the cache keeps was not exercised"] if _stores(row) else []
     cost = row["cost"]
-    words.append(_speed("time to first token", cost["first_token_ratio"], cost["batches"]))
+    low, high = cost["prompt_tokens"]
+    at = f"at {low:,} tokens" if low == high else f"at {low:,} to {high:,} tokens"
+    words.append(_speed("time to first token", cost["first_token_ratio"], at))
     if cost["per_token_ratio"] is not None:
-        words.append(_speed("time per token", cost["per_token_ratio"], cost["batches"]))
+        words.append(_speed("time per token", cost["per_token_ratio"], at))
     for effect in row["effect"]:
         fired = effect["fired"]
         if fired["count"] < fired["of"]:
             words.append(f"{effect['method']} took effect in {fired['count']} of {fired['of']} batches only")
     return "; ".join(words)
+
+
+def is_worse(row: EvalRow, unit: str) -> bool:
+    """Whether the interval, or McNemar's test, speaks for a loss: either is enough to warn."""
+    found = row["paired"]
+    if found is None:
+        return False
+    if unit == "nats":
+        return found["low"] > 0
+    return found["high"] < 0 or (found["difference"] < 0 and _significant(found))
+
+
+def _significant(found: PairedDifference) -> bool:
+    return found["p_value"] is not None and found["p_value"] < SIGNIFICANT
 
 
 def _quality(row: EvalRow, unpatched: EvalRow, headline: str) -> str:
@@ -88,10 +106,9 @@ def _quality(row: EvalRow, unpatched: EvalRow, headline: str) -> str:
     span = f"{100 * paired_['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]; {flips}"
     if paired_["lost"] == paired_["won"] == 0 and paired_["difference"] == 0:
         return f"no answer changes between right and wrong: {text}"
-    significant = paired_["p_value"] is not None and paired_["p_value"] < SIGNIFICANT
-    if high < 0 or (significant and paired_["difference"] < 0):  # either sign of a loss is enough to warn
+    if is_worse(row, "share"):
         return f"WORSE than unpatched: {text}: {span}"
-    if low > 0 and significant:
+    if low > 0 and _significant(paired_):
         return f"better than unpatched: {text}: {span}"
     worst = f"; a loss of up to {-low:.1f} points is not ruled out" if low < 0 else ""
     return f"no difference shown: {text}: {span}{worst}"
@@ -103,18 +120,18 @@ def _loss(row: EvalRow, unpatched: EvalRow) -> str:
     if found is None or found["difference"] == found["low"] == found["high"] == 0:
         return f"the same loss to the last digit: {text}"
     span = f"{found['difference']:+.3f} nats per token [{found['low']:+.3f}, {found['high']:+.3f}]"
-    if found["low"] > 0:
+    if is_worse(row, "nats"):
         return f"WORSE than unpatched: {text}: {span}"
     return f"{'better than unpatched' if found['high'] < 0 else 'no difference shown'}: {text}: {span}"
 
 
-def _speed(what: str, ratio: Interval | None, batches: int) -> str:
+def _speed(what: str, ratio: Interval | None, at: str) -> str:
     if ratio is None or ratio["n"] < FEW:
-        return f"{what}: too few batches to judge"
+        return f"{what} {at}: too few batches to judge"
     if ratio["p20"] <= 1 <= ratio["p80"]:
-        return f"no measurable difference in {what}"
+        return f"no measurable difference in {what} {at}"
     slower = " (slower than unpatched)" if ratio["median"] > 1 else ""
-    return f"{what} {ratio['median']:.2f}x{slower}"
+    return f"{what} {ratio['median']:.2f}x {at}{slower}"
 
 
 def _stores(row: EvalRow) -> bool:
@@ -145,7 +162,7 @@ def _row(
         "paired": None if name == UNPATCHED else _paired(task, pairs, seed),
         "identical": None
         if name == UNPATCHED
-        else {"count": sum(a["output"] == b["output"] for a, b in pairs), "of": len(pairs)},
+        else {"count": sum((a["output"], a["score"]) == (b["output"], b["score"]) for a, b in pairs), "of": len(pairs)},
         "cost": _cost(pairs, role != "unpatched"),
         "effect": effect,
     }
@@ -168,6 +185,7 @@ def _cost(pairs: Sequence[tuple[EvalSample, EvalSample]], with_ratio: bool) -> E
     decoded = [(b["per_token_s"], o["per_token_s"]) for b, o in batches]
     ratios = [own["first_token_s"] / base["first_token_s"] for base, own in batches]
     return {
+        "prompt_tokens": [f(own["prompt_tokens"] for _, own in pairs) for f in (min, max)],
         "batches": len(batches),
         "first_token_s": first,
         "first_token_ratio": interval(ratios) if with_ratio else None,

@@ -190,16 +190,16 @@ class _Runner:
         """Rows of one batch under one plan at a time, of those that this process is to run and are not done."""
         todo = [(number, name) for number in shard.of(len(self._batches)) for name in self._names(number)]
         left = [(number, name) for number, name in todo if (name, number) not in done]
-        current, inputs, warm = -1, [], False
+        current, inputs, hashes = -1, [], []
         for i, (number, name) in enumerate(left):
             if on_progress is not None:
                 on_progress(len(todo) - len(left) + i, len(todo), f"{name}, batch {number + 1} of {len(self._batches)}")
             if number != current:
                 current, inputs = number, [self._encoded(item) for item in self._batches[number]]
-            if not warm:  # the first call of a process pays for allocations and compiled kernels
+                hashes = [prompt_hash(encoded) for encoded in inputs]
+            if i == 0:  # the first call of a process pays for allocations and compiled kernels
                 self._run(inputs, 2)
-                warm = True
-            yield self._answer(number, name, inputs)
+            yield self._answer(number, name, inputs, hashes)
         if on_progress is not None:
             on_progress(len(todo), len(todo), "done")
 
@@ -215,7 +215,7 @@ class _Runner:
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
         return self.task.answer(self.model, inputs, pad, max_new_tokens)
 
-    def _answer(self, number: int, name: str, inputs: list[dict[str, Any]]) -> list[EvalSample]:
+    def _answer(self, number: int, name: str, inputs: list[dict[str, Any]], hashes: list[str]) -> list[EvalSample]:
         items, plan = self._batches[number], self.plans[name]
         longest = max(item.facts.get("max_new_tokens", self.task.max_new_tokens) for item in items)
         torch.manual_seed(self.seed)
@@ -240,11 +240,11 @@ class _Runner:
                     "group": item.group or item.name,
                     "reference": item.reference,
                     "facts": dict(item.facts),
-                    "prompt_hash": prompt_hash(encoded),
+                    "prompt_hash": hashes[i],
                     "prompt_tokens": int(encoded["input_ids"].shape[1]),
                     "output": output,
                     "output_tokens": len(ids),
-                    "score": plain(trace.scores[i] if trace.scores else self.task.score(item, output)),
+                    "score": plain({**self.task.score(item, output), **(trace.scores[i] if trace.scores else {})}),
                     "first_token_s": trace.first_token_s,
                     "per_token_s": trace.per_token_s,
                     "cache_bytes": trace.cache_bytes,

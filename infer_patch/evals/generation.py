@@ -88,7 +88,7 @@ class BatchTrace:
     """One generation for a batch: output tokens of each sample up to its end token, and what the batch cost.
 
     `per_token_s` is the time of one decoding step, None when there was none; `cache_bytes` is that of the whole batch.
-    `scores` are given by tasks that measure the model itself rather than its output.
+    `scores` join those of the outputs, for tasks that measure the model itself.
     """
 
     ids: list[list[int]]

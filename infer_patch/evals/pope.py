@@ -17,7 +17,6 @@ import gzip
 import io
 import json
 import random
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any, ClassVar
 
 from infer_patch.availability import require
 from infer_patch.errors import PatchError
+from infer_patch.evals.pope_scores import binary_metrics, exact, official, parsed, strict
 from infer_patch.evals.prompts import Prompt
 from infer_patch.evals.task import Item, Scored, Task
 
@@ -34,48 +34,6 @@ SPLITS = ("random", "popular", "adversarial")
 SUFFIX = "\nAnswer the question using a single word or phrase."
 _BINARY = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 _HUB_COLUMNS = ("category", "question", "answer", "image_source")
-
-
-def official(text: str) -> bool:
-    """Whether the scripts of POPE and LLaVA read `text` as yes.
-
-    They keep what stands before the first full stop, delete commas and split at single spaces. "No", "no" and "not"
-    are the only words that mean no: an empty output, "NO" and "isn't" count as yes.
-    """
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return not {"No", "no", "not"} & set(words)
-
-
-def exact(text: str) -> bool | None:
-    """True or False if the output is yes or no and nothing else, in upper or lower case (lmms-eval)."""
-    return {"yes": True, "no": False}.get(text.strip().lower())
-
-
-def strict(text: str) -> bool | None:
-    """True or False if one of the words yes and no is in the output, None if neither or both are (VLMEvalKit)."""
-    words = _words(text)
-    return None if ("yes" in words) == ("no" in words) else "yes" in words
-
-
-def parsed(text: str) -> bool:
-    """Whether a word yes or no is in the output; where none is, `official` falls back to a guess."""
-    return not _words(text).isdisjoint({"yes", "no"})
-
-
-def binary_metrics(labels: Sequence[bool], predictions: Sequence[bool]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 and share of predicted yes, as shares; 0 where one would divide by zero."""
-    if len(labels) != len(predictions):
-        raise PatchError(f"{len(labels)} labels and {len(predictions)} predictions; give one prediction per label.")
-    hits = sum(label and guess for label, guess in zip(labels, predictions))
-    actual, claimed = sum(map(bool, labels)), sum(map(bool, predictions))
-    right = sum(bool(label) == bool(guess) for label, guess in zip(labels, predictions))
-    return {
-        "accuracy": right / max(len(labels), 1),
-        "precision": hits / max(claimed, 1),
-        "recall": hits / max(actual, 1),
-        "f1": 2 * hits / max(claimed + actual, 1),
-        "yes_ratio": claimed / max(len(labels), 1),
-    }
 
 
 @dataclass(frozen=True)
@@ -288,10 +246,6 @@ def make_items(pairs: Sequence[Pair], pictures: Mapping[str, Any], suffix: str) 
         )
         for pair in pairs
     ]
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower()))
 
 
 def _question(line: str, split: str, where: str) -> Question:

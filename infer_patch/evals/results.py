@@ -88,7 +88,13 @@ class ResultFolder:
 
 
 def read(path: str | Path) -> tuple[Manifest, Summary, list[Sample]]:
-    """Manifest, summary and samples of a finished result folder."""
+    """Manifest, summary and samples of a finished comparison."""
+    manifest, summary, samples = read_files(path)
+    return manifest, summary, samples
+
+
+def read_files(path: str | Path) -> tuple[Any, Any, list[Any]]:
+    """Manifest, summary and samples of any finished result folder of this schema."""
     folder = Path(path)
     try:
         manifest, summary = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("manifest", "summary"))

@@ -25,40 +25,12 @@ from infer_patch.errors import PatchError
 from infer_patch.evals.haystack import build_haystack
 from infer_patch.evals.needle import check_context, check_distinct, from_random_paragraph, read_texts
 from infer_patch.evals.prompts import Prompt
+from infer_patch.evals.ruler_words import ADJECTIVES, NOUNS
 from infer_patch.evals.task import Item, Scored, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# No adjective ends like another one and no noun begins like another one: no pair is part of another pair.
-_ADJECTIVES = re.findall(
-    "[a-z]+",
-    """
-amber ancient arctic bitter blank blunt bold brave brief bright brisk broad bronze calm careful cheerful chilly clever
-clumsy coastal cosy crimson crisp curious curly daring dense dim distant double drowsy dusty eager early elegant empty
-faint famous fancy fearless fierce flat fluffy foggy formal fragile frank fresh frosty gentle giant gilded glad gloomy
-golden graceful grand grassy hasty heavy hidden hollow honest huge humble hungry icy idle jolly keen kind lazy light
-lively lonely loud loyal lucky marble meek mellow merry mighty misty modest mossy muddy narrow neat nimble noble odd
-pale patient plain playful polite proud purple quaint quick quiet rapid rare rich rigid ripe rough round royal rusty
-salty scarlet secret shallow sharp shiny silent silver simple sleepy slow smooth sober soft solid spare stable steep
-stern sticky stout strange sturdy subtle sudden sunny sweet swift tame tender thick thin tidy tiny tough tranquil upper
-urban vague vast velvet violet vivid warm weary wild windy wise witty wooden yellow young zealous
-""",
-)
-_NOUNS = re.findall(
-    "[a-z]+",
-    """
-acorn anchor apron arrow attic badger banjo barrel basket beacon blanket bonnet bottle bramble bridge bucket button
-cabin candle canyon carpet castle cello chimney cider clover coral cottage cradle crystal curtain daisy dolphin donkey
-drum eagle elbow engine falcon feather fiddle finch flute forest fountain galaxy garden gazelle geyser ginger glacier
-goblet goose gravel guitar hammer harbour hazel hedge helmet heron hill hornet island ivory jacket jasmine jewel kettle
-kitten ladder lagoon lantern lemon lily lizard magnet maple meadow melon mirror mitten monsoon mountain muffin napkin
-nettle nutmeg oasis ocean olive orchard otter oyster paddle palace panda parrot pebble pencil pepper pigeon pillow
-planet plum pocket pond poppy puzzle quarry quilt rabbit raven ribbon river rocket saddle salmon sandal scarf shadow
-shovel sparrow spoon squirrel stone swan teapot temple thistle thunder ticket tiger timber tractor trumpet tulip tunnel
-turnip umbrella valley vase violin volcano waffle wagon walnut walrus whale whistle willow window wizard yacht zebra
-""",
-)
 _NOISE = "The river is wide. The hill is steep. The lamp is lit. On we walk. Home again by night."
 _DEPTHS = 40
 _SHORT = 4096  # below this, RULER repeats the common and uncommon words of `cwe` less often
@@ -250,7 +222,7 @@ def _builder(
     task: str, seed: str, length: int, budget: int, tokenizer: PreTrainedTokenizerBase, text: str | None
 ) -> tuple[int, int, Build]:
     """Smallest and largest size of a task's haystack, and what makes its question for a size in between."""
-    pairs = len(_ADJECTIVES) * len(_NOUNS)
+    pairs = len(ADJECTIVES) * len(NOUNS)
     if task in _NIAH:
         kind = _NIAH[task]
         essay: list[str] = []
@@ -380,7 +352,7 @@ def _drawn(kind: Kind | Literal["letters", "codes"], seed: str) -> Iterator[str]
     """
     rng = random.Random(seed)
     draw: dict[str, Callable[[], str]] = {
-        "words": lambda: f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}",
+        "words": lambda: f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}",
         "numbers": lambda: str(rng.randrange(10**6, 10**7)),
         "uuids": lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
         "letters": lambda: "".join(rng.choices(ascii_uppercase, k=5)),

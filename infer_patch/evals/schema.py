@@ -199,9 +199,10 @@ class PairedDifference(TypedDict):
 
 
 class EvalCost(TypedDict):
-    """Over batches; ratios are to the unpatched run of the same batch. `cache_bytes` is a mean over batches,
-    `output_tokens` one over items."""
+    """Over batches; ratios are to the unpatched run of the same batch. `prompt_tokens` are the shortest and the longest
+    prompt, `cache_bytes` is a mean over batches, `output_tokens` one over items."""
 
+    prompt_tokens: list[int]
     batches: int
     first_token_s: Interval
     first_token_ratio: Interval | None
@@ -212,12 +213,16 @@ class EvalCost(TypedDict):
 
 
 class EvalRow(TypedDict):
-    """One row of an evaluation's summary. `items` may be fewer for the control than for the rest."""
+    """One row of an evaluation's summary. `items` may be fewer for the control than for the rest.
+
+    `identical` counts the items with the same output and the same score as unpatched. `status`: "worse" where the
+    paired difference speaks for a loss; "failed" for a plan of which a method never took effect.
+    """
 
     name: str
     what: str
     role: Literal["unpatched", "plan", "control"]
-    status: Literal["ok", "failed", "reference"]
+    status: Literal["ok", "worse", "failed", "reference"]
     verdict: str
     items: int
     metrics: dict[str, float]

@@ -67,7 +67,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, item: Item, output: str) -> dict[str, Any]:
-        """Plain values that judge one output; "correct" (bool, or a share from 0 to 1) is always among them."""
+        """Plain values that judge one output; `value` reads "correct" (bool, or a share from 0 to 1) by default."""
 
     def answer(self, model: Any, inputs: list[dict[str, Any]], pad_token_id: int, max_new_tokens: int) -> BatchTrace:
         """Answer one batch: greedy, unless a task reads something else off the model."""

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infer_patch.availability import require
 from infer_patch.errors import PatchError
-from infer_patch.evals.results import write_text
-from infer_patch.evals.schema import SCHEMA, EvalSample, EvalSummary, Manifest
+from infer_patch.evals.results import read_files, write_text
+from infer_patch.evals.schema import EvalSample, EvalSummary, Manifest
 from infer_patch.evals.summary import UNPATCHED
-from infer_patch.report import eval_tables, formats
+from infer_patch.report import eval_tables
 from infer_patch.report.eval_plots import heat_map, pareto
-from infer_patch.report.page import manifest_facts, number, plan_yaml
-
-EXAMPLES = 40  # flipped answers that the page lists per run
-
+from infer_patch.report.page import environment, manifest_facts, plan_yaml
 
 Run = tuple[Manifest, EvalSummary, Sequence[EvalSample]]
 
@@ -29,18 +24,10 @@ def render_eval(manifest: Manifest, summary: EvalSummary, samples: Sequence[Eval
 
 def render_runs(runs: Sequence[Run]) -> str:
     """Several evaluations on one page, with an overview in front; one of them is a page of its own."""
-    require("jinja2", "The HTML page")
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    pages = environment()
     from markupsafe import Markup
 
-    pages = Environment(
-        loader=PackageLoader("infer_patch.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.globals.update(number=number, formats=formats, tables=eval_tables, metric=_shown_as)
+    pages.globals.update(tables=eval_tables, metric=_shown_as)
     part = pages.get_template("eval_run.html.jinja")
     shown = []
     for i, (manifest, summary, samples) in enumerate(runs):
@@ -85,15 +72,11 @@ def _shown_as(name: str) -> Any:
 
 def read_eval(path: str | Path) -> tuple[Manifest, EvalSummary, list[EvalSample]]:
     """Manifest, summary and samples of a finished evaluation."""
-    folder = Path(path)
-    try:
-        manifest, summary = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("manifest", "summary"))
-        lines = (folder / "samples.jsonl").read_text("utf-8").splitlines()
-    except OSError as error:
-        raise PatchError(f"{folder} is not a finished result folder: {error.strerror}: {error.filename}") from error
-    if summary.get("schema") != SCHEMA or "task" not in summary:
-        raise PatchError(f"{folder} is not an evaluation of result schema {SCHEMA}.")
-    return manifest, summary, [json.loads(line) for line in lines]
+    found: Any = read_files(path)
+    if "task" not in found[1]:
+        raise PatchError(f"{path} holds a comparison, not an evaluation; give folders of `infer-patch eval`.")
+    manifest, summary, samples = found
+    return manifest, summary, samples
 
 
 def write_eval_page(folder: str | Path) -> Path:

@@ -54,7 +54,7 @@ def eval_verdicts(summary: EvalSummary) -> RenderableType:
     """The verdict on every plan, and what the control said."""
     lines: list[RenderableType] = []
     for row in summary["rows"][1:]:
-        colour = "red" if row["status"] == "failed" or "WORSE" in row["verdict"] else "green"
+        colour = "green" if row["status"] == "ok" else "red"
         if row["role"] == "control":
             lines.append(Text(f"{row['name']}: {row['verdict']}", style="dim"))
             continue

@@ -17,18 +17,10 @@ _EXCERPT = 400  # characters of a prompt's start and end that are shown
 
 def render(manifest: Manifest, summary: Summary, samples: Sequence[Sample]) -> str:
     """The page as text. Everything that a model, a file or a user wrote is escaped."""
-    require("jinja2", "The HTML page")
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    pages = environment()
     from markupsafe import Markup
 
-    pages = Environment(
-        loader=PackageLoader("infer_patch.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.globals.update(number=number, formats=formats, excerpt=excerpt)
+    pages.globals.update(excerpt=excerpt)
     return pages.get_template("template.html.jinja").render(
         manifest=manifest,
         summary=summary,
@@ -40,6 +32,22 @@ def render(manifest: Manifest, summary: Summary, samples: Sequence[Sample]) -> s
         yaml={plan["name"]: plan_yaml(plan) for plan in manifest["plans"]},
         facts=manifest_facts(manifest),
     )
+
+
+def environment() -> Any:
+    """Templates of this package, with all values escaped; needs jinja2."""
+    require("jinja2", "The HTML page")
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pages = Environment(
+        loader=PackageLoader("infer_patch.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.globals.update(number=number, formats=formats)
+    return pages
 
 
 def number(value: Any, show: Any) -> Any:
