@@ -160,6 +160,11 @@ def check_versions() -> None:
             )
 
 
+def continues_3d_positions() -> bool:
+    """Whether `generate` goes on from a cache with right positions in models of three (Qwen2-VL): not in 5.2."""
+    return _reaches(installed_version("transformers") or "0", "5.3")
+
+
 @cache
 def crop_is_relative() -> bool:
     """Whether `DynamicLayer.crop` takes the tokens to remove (a number <= 0) rather than the length to keep.

@@ -50,7 +50,7 @@ def compare(
 
         plans = [Plan.of(p) for p in plan]
         images = open_images(image or [])
-        texts = [*(prompt or []), *map(_read, prompt_file or [])]
+        texts = [*(prompt or []), *map(read_prompt, prompt_file or [])]
         settings = Settings(max_new_tokens=max_new_tokens, rounds=rounds, seed=seed)
         out = out or default_folder(model)
         ResultFolder(out).check()
@@ -158,7 +158,7 @@ def _prompts(
     return [Prompt(needle.text, "generated needle", answer=needle.answer, input_ids=tuple(needle.input_ids))]
 
 
-def _read(path: Path) -> str:
+def read_prompt(path: Path) -> str:
     from infer_patch.errors import PatchError
 
     try:

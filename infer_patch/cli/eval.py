@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from infer_patch.cli.compare import command_line, progress_bar, quiet, show_places
+from infer_patch.cli.compare import command_line, progress_bar, quiet, read_prompt, show_places
 
 if TYPE_CHECKING:
     from infer_patch.evals.evaluate import Evaluation
@@ -25,6 +25,13 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: floa
 Out = Annotated[Path | None, typer.Option(help="Result folder; the same one again goes on with an unfinished run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result of other settings in the folder.")]
 Seed = Annotated[int, typer.Option(help="Draws the items.")]
+QuestionLast = Annotated[
+    bool | None,
+    typer.Option(
+        "--question-last/--question-in-prefill",
+        help="Feed the question after the context is in the cache; default: where a plan changes the cache.",
+    ),
+]
 TextFolder = Annotated[Path | None, typer.Option("--text", help="Folder of .txt files as the haystack.")]
 
 evaluations = typer.Typer(
@@ -48,6 +55,7 @@ def pope(
         bool, typer.Option("--random-baseline", help="Beside every pruning plan, one that prunes at random.")
     ] = False,
     batch_size: BatchSize = 8,
+    question_last: QuestionLast = None,
     control_batches: Control = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -72,7 +80,20 @@ def pope(
             return PopeHub(dataset=hub, limit_images=limit_images, seed=seed)
         return PopeScenes(scenes=limit_images or scenes, seed=seed)
 
-    run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed, random_baseline)
+    run(
+        model,
+        plan,
+        make,
+        batch_size,
+        control_batches,
+        device,
+        dtype,
+        out,
+        overwrite,
+        seed,
+        random_baseline,
+        question_last=question_last,
+    )
 
 
 @evaluations.command()
@@ -86,6 +107,7 @@ def needle(
     repeats: Annotated[int, typer.Option(help="Prompts per cell, each with its own text and number.", min=1)] = 1,
     text: TextFolder = None,
     batch_size: BatchSize = 1,
+    question_last: QuestionLast = None,
     control_batches: Control = 2,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -105,7 +127,9 @@ def needle(
             given["depths"] = tuple(depth)
         return NeedleGrid(repeats=repeats, text_folder=text, seed=seed, **given)
 
-    run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed)
+    run(
+        model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed, question_last=question_last
+    )
 
 
 @evaluations.command("mm-needle")
@@ -122,6 +146,7 @@ def mm_needle(
         bool, typer.Option("--random-baseline", help="Beside every pruning plan, one that prunes at random.")
     ] = False,
     batch_size: BatchSize = 4,
+    question_last: QuestionLast = None,
     control_batches: Control = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -141,7 +166,20 @@ def mm_needle(
             given["grids"] = tuple(grid)
         return MMNeedle(samples=samples, seed=seed, **given)
 
-    run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed, random_baseline)
+    run(
+        model,
+        plan,
+        make,
+        batch_size,
+        control_batches,
+        device,
+        dtype,
+        out,
+        overwrite,
+        seed,
+        random_baseline,
+        question_last=question_last,
+    )
 
 
 @evaluations.command()
@@ -155,6 +193,7 @@ def ruler(
     samples: Annotated[int, typer.Option(help="Prompts per task and length.", min=1)] = 10,
     text: TextFolder = None,
     batch_size: BatchSize = 1,
+    question_last: QuestionLast = None,
     control_batches: Control = 2,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -174,7 +213,9 @@ def ruler(
             given["lengths"] = tuple(length)
         return Ruler(samples=samples, text_folder=text, seed=seed, **given)
 
-    run(model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed)
+    run(
+        model, plan, make, batch_size, control_batches, device, dtype, out, overwrite, seed, question_last=question_last
+    )
 
 
 @evaluations.command()
@@ -203,6 +244,48 @@ def ppl(
     run(model, plan, make, 1, control_batches, device, dtype, out, overwrite, seed)
 
 
+@evaluations.command()
+def drift(
+    model: Model,
+    plan: Plans,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt of yours; again for more.")] = None,
+    prompt_file: Annotated[list[Path] | None, typer.Option(help="A text file with one prompt; again for more.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture before each prompt; again for more.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of generated prompts; again for more. [1000, 3000]")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Generated prompts per kind and length.", min=1)] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the unpatched output to compare.", min=1)] = 32,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat template for prompts of yours.")] = None,
+    text: TextFolder = None,
+    control_batches: Control = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+) -> None:
+    """How far a plan moves the model: KL per token, top-1 agreement, first differing token, answers that flip."""
+
+    def make() -> Task:
+        from infer_patch.evals.drift_task import Drift
+
+        texts = (*(prompt or ()), *(read_prompt(file) for file in prompt_file or ()))
+        given: dict[str, Any] = {"lengths": tuple(length)} if length else {}
+        return Drift(
+            texts=texts,
+            images=tuple(image or ()),
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            text_folder=text,
+            seed=seed,
+            **given,
+        )
+
+    run(model, plan, make, 1, control_batches, device, dtype, out, overwrite, seed)
+
+
 def run(
     model: str,
     plan: list[str],
@@ -215,6 +298,7 @@ def run(
     overwrite: bool,
     seed: int,
     random_baseline: bool = False,
+    question_last: bool | None = None,
 ) -> None:
     """Load, evaluate, show. Exit code 1 when a method of a plan never took effect, 2 when the run could not be made."""
     from infer_patch.evals.shards import Shard
@@ -240,6 +324,7 @@ def run(
                 batch_size=batch_size,
                 control_batches=control_batches,
                 random_baseline=random_baseline,
+                question_last=question_last,
                 seed=seed,
                 out=out,
                 overwrite=overwrite,

@@ -16,26 +16,35 @@ from infer_patch.evals.schema import (
     PairedDifference,
 )
 from infer_patch.evals.statistics import paired
-from infer_patch.evals.summary import REPEATED, UNPATCHED, effects, in_a_line
+from infer_patch.evals.summary import OTHER_BACKEND, REPEATED, UNPATCHED, effects, in_a_line
 from infer_patch.evals.task import Scored, Task
 from infer_patch.evals.verdict import FEW, never_took_effect
 from infer_patch.plan import Plan
 
 SIGNIFICANT = 0.05
+CONTROLS = (REPEATED, OTHER_BACKEND)
 
 
 def summarise_eval(
-    task: Task, plans: Mapping[str, Plan | None], samples: Sequence[EvalSample], model_id: str, seed: int
+    task: Task,
+    plans: Mapping[str, Plan | None],
+    samples: Sequence[EvalSample],
+    model_id: str,
+    question_last: bool,
+    seed: int,
 ) -> EvalSummary:
-    """Summary of all rows; `plans` maps the names of runs, the unpatched one first."""
+    """Summary of all rows; `plans` maps the names of runs, the unpatched one first.
+
+    `question_last`: the runs read the question after everything before it was in the cache.
+    """
     by_plan = {name: [s for s in samples if s["plan"] == name] for name in plans}
     reference = by_plan[UNPATCHED]
     rows = [_row(task, name, plans[name], by_plan[name], reference, seed) for name in plans]
     for row in rows[1:]:
-        if row["status"] == "ok" and is_worse(row, task.unit):
+        if row["status"] == "ok" and is_worse(row, task.unit, task.tolerance):
             row["status"] = "worse"
-        row["verdict"] = eval_verdict(row, rows[0], task)
-    grids = {name: task.grid(_scored(by_plan[name])) for name in plans if name != REPEATED}
+        row["verdict"] = eval_verdict(row, rows[0], task, question_last)
+    grids = {name: task.grid(_scored(by_plan[name])) for name in plans if name not in CONTROLS}
     drawn = {name: grid for name, grid in grids.items() if grid is not None}
     tokens = interval([s["prompt_tokens"] for s in reference])
     if tokens is None:
@@ -49,15 +58,18 @@ def summarise_eval(
         "items": len(reference),
         "groups": len({s["group"] for s in reference}),
         "tokens": tokens,
-        "cache_exercised": task.through_cache,
+        "cache_exercised": task.through_cache or question_last,
+        "question_last": question_last,
         "rows": rows,
         "grids": {name: grid[1] for name, grid in drawn.items()} or None,
         "grid_axes": next((grid[0] for grid in drawn.values()), None),
     }
 
 
-def eval_verdict(row: EvalRow, unpatched: EvalRow, task: Task) -> str:
+def eval_verdict(row: EvalRow, unpatched: EvalRow, task: Task, question_last: bool = False) -> str:
     """Quality first, then cost; claims nothing that the intervals do not carry."""
+    if row["name"] == OTHER_BACKEND:
+        return f"the same model, rounded differently: {task.quality(row, unpatched)}"
     if row["role"] == "control":
         same = row["identical"] or {"count": 0, "of": 0}
         if same["count"] == same["of"]:
@@ -66,8 +78,9 @@ def eval_verdict(row: EvalRow, unpatched: EvalRow, task: Task) -> str:
         return f"NOT repeatable: {differ} answers differ from the first run, so differences of this size mean nothing"
     if row["status"] == "failed":
         return never_took_effect(row["effect"])
-    words = [_loss(row, unpatched) if task.unit == "nats" else _quality(row, unpatched, task.headline)]
-    if not task.through_cache:
+    usual = _loss(row, unpatched) if task.unit == "nats" else _quality(row, unpatched, task.headline)
+    words = [task.quality(row, unpatched) or usual]
+    if not (task.through_cache or question_last):
         words += ["answers come from the prefill, so what the cache keeps was not exercised"] if _stores(row) else []
     cost = row["cost"]
     low, high = cost["prompt_tokens"]
@@ -82,14 +95,14 @@ def eval_verdict(row: EvalRow, unpatched: EvalRow, task: Task) -> str:
     return "; ".join(words)
 
 
-def is_worse(row: EvalRow, unit: str) -> bool:
-    """Whether the interval, or McNemar's test, speaks for a loss: either is enough to warn."""
+def is_worse(row: EvalRow, unit: str, tolerance: float = 0.0) -> bool:
+    """Whether the interval, or McNemar's test, speaks for a loss of more than `tolerance`: either is enough to warn."""
     found = row["paired"]
     if found is None:
         return False
     if unit == "nats":
-        return found["low"] > 0
-    return found["high"] < 0 or (found["difference"] < 0 and _significant(found))
+        return found["low"] > tolerance
+    return found["high"] < -tolerance or (found["lost"] > found["won"] and _significant(found))
 
 
 def _significant(found: PairedDifference) -> bool:
@@ -150,7 +163,7 @@ def _row(
     pairs = [(base[row["item"]], row) for row in samples]
     effect = effects([(s["prompt_tokens"], s["effect"]["methods"]) for s in samples if s["effect"] is not None])
     failed = any(e["fired"]["count"] == 0 for e in effect)
-    role: Any = "unpatched" if name == UNPATCHED else "control" if name == REPEATED else "plan"
+    role: Any = "unpatched" if name == UNPATCHED else "control" if name in CONTROLS else "plan"
     return {
         "name": name,
         "what": in_a_line(plan),
@@ -171,8 +184,12 @@ def _row(
 def _paired(task: Task, pairs: Sequence[tuple[EvalSample, EvalSample]], seed: int) -> PairedDifference:
     before, after = ([task.value(pair[i]["score"]) for pair in pairs] for i in (0, 1))
     weights = [task.weight(base["facts"]) for base, _ in pairs]
-    found: Any = paired(before, after, [base["group"] for base, _ in pairs], seed, weights=weights).to_dict()
-    if task.unit != "share":  # nothing is right or wrong, so nothing flips
+    flips = [(task.right(base["score"]), task.right(own["score"])) for base, own in pairs]
+    judged = [(was, now) for was, now in flips if was is not None and now is not None]
+    found: Any = paired(
+        before, after, [base["group"] for base, _ in pairs], seed, weights=weights, right=judged
+    ).to_dict()
+    if not judged:  # nothing is right or wrong, so nothing flips
         found |= {"lost": 0, "won": 0, "p_value": None}
     return found
 

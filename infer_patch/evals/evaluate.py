@@ -10,6 +10,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,20 @@ from typing import Any
 import torch
 
 from infer_patch.api import patch
-from infer_patch.availability import require
+from infer_patch.availability import continues_3d_positions, require
 from infer_patch.errors import PatchError
 from infer_patch.evals.compare import Progress, checked, model_facts
 from infer_patch.evals.cost import rotated
+from infer_patch.evals.drift import other_backend, why_no_other_backend
 from infer_patch.evals.eval_folder import EvalFolder
 from infer_patch.evals.eval_summary import summarise_eval
-from infer_patch.evals.generation import BatchTrace
-from infer_patch.evals.prompts import encode, prompt_hash
+from infer_patch.evals.prompts import encode, prompt_hash, question_length
 from infer_patch.evals.results import git_commit, plain
 from infer_patch.evals.schema import SCHEMA, EvalSample, EvalSummary, Manifest
 from infer_patch.evals.shards import Shard
-from infer_patch.evals.summary import REPEATED, UNPATCHED
-from infer_patch.evals.task import Item, Task
+from infer_patch.evals.summary import OTHER_BACKEND, REPEATED, UNPATCHED
+from infer_patch.evals.task import Batch, Item, Task
+from infer_patch.families import describe
 from infer_patch.machine import machine
 from infer_patch.method import Method
 from infer_patch.plan import Plan, PlanLike
@@ -65,6 +67,7 @@ def evaluate(
     batch_size: int = 1,
     control_batches: int = 4,
     random_baseline: bool = False,
+    question_last: bool | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -86,6 +89,10 @@ def evaluate(
         The unpatched model answers that many batches a second time, as the floor of every difference; 0 for none.
     random_baseline : bool
         Beside every plan that prunes visual tokens, one that drops as many at random.
+    question_last : bool, optional
+        In every run, read what stands before the question first and feed the question afterwards, so that answers
+        depend on what a method keeps in the cache. By default where a plan changes the cache and the prompts of the
+        task tell where their question begins.
     out : path, optional
         Result folder; an unfinished run of the same settings in it goes on. Needs jinja2 for the page.
     overwrite : bool
@@ -113,7 +120,16 @@ def evaluate(
             f"the task {task.name} gives {len(items)} items; it needs at least one, and names that differ."
         )
     shard = Shard.from_environment()
-    settings = {**_values(task), "items": len(items), "batch_size": batch_size, "control_batches": control_batches}
+    question_last = _question_last(model, processor, task, wanted, items[0], question_last)
+    no_control = _why_no_other_backend(model, processor, task, items) if control_batches else None
+    settings = {
+        **_values(task),
+        "items": len(items),
+        "batch_size": batch_size,
+        "control_batches": control_batches,
+        "question_last": question_last,
+        **({"no_other_backend": no_control} if no_control else {}),
+    }
     manifest: Manifest = {
         "schema": SCHEMA,
         "kind": f"eval {task.name}",
@@ -135,7 +151,9 @@ def evaluate(
     shard.wait()
     if not shard.first:
         folder.open(manifest, wanted, overwrite=False)
-    runner = _Runner(model, processor, task, wanted, items, batch_size, control_batches, seed)
+    controls = [REPEATED, OTHER_BACKEND] if task.other_backend and no_control is None else [REPEATED]
+    controls = controls if control_batches else []
+    runner = _Runner(model, processor, task, wanted, items, batch_size, controls, control_batches, question_last, seed)
     try:
         for batch in runner.batches(shard, folder.done, on_progress):
             folder.add(batch)
@@ -143,7 +161,8 @@ def evaluate(
         if not shard.first:
             return Evaluation(manifest, None, folder.samples, folder.path)
         samples = folder.merged([*runner.plans], [item.name for item in items])
-        summary: EvalSummary = plain(summarise_eval(task, runner.plans, samples, manifest["model"]["id"], seed))
+        found = summarise_eval(task, runner.plans, samples, manifest["model"]["id"], question_last, seed)
+        summary: EvalSummary = plain(found)
         folder.finish(summary, samples)
     except BaseException as error:
         folder.fail(error)
@@ -165,6 +184,37 @@ def at_random(plan: Plan) -> Plan | None:
     return None if tuple(methods) == plan.methods else Plan(tuple(methods), f"{plan.name}-random")
 
 
+def _question_last(
+    model: Any, processor: Any, task: Task, plans: Sequence[Plan], item: Item, wanted: bool | None
+) -> bool:
+    """Whether questions are fed after what they ask about; the first item tells for all of a task."""
+    if wanted is False or (wanted is None and not any("store" in m.active_ports() for plan in plans for m in plan)):
+        return False
+    encoded = encode(item.prompt, processor, model, task.chat)
+    possible = task.answers_prompts and _question_tokens(model, [item], [encoded])
+    if hasattr(getattr(model, "model", None), "rope_deltas") and not continues_3d_positions():
+        if wanted:
+            raise PatchError("transformers 5.2 gives this model wrong positions in a second call; take 5.3 or newer.")
+        return False
+    if wanted and not possible:
+        raise PatchError(f"the prompts of {task.name} have no question at their end that could be fed by itself.")
+    return bool(possible)
+
+
+def _why_no_other_backend(model: Any, processor: Any, task: Task, items: Sequence[Item]) -> str | None:
+    if not task.other_backend:
+        return None
+    longest = max(encode(item.prompt, processor, model, task.chat)["input_ids"].shape[1] for item in items)
+    return why_no_other_backend(model, longest)
+
+
+def _question_tokens(model: Any, items: Sequence[Item], inputs: Sequence[dict[str, Any]]) -> int:
+    """The length of the shortest question of a batch; 0 where one has none."""
+    visual = describe(model).image_token_ids
+    found = [question_length(item.prompt, x["input_ids"], visual) or 0 for item, x in zip(items, inputs)]
+    return min(found)
+
+
 class _Runner:
     """Answers batches under every plan, in an order that rotates."""
 
@@ -176,60 +226,63 @@ class _Runner:
         plans: Sequence[Plan],
         items: Sequence[Item],
         batch_size: int,
+        controls: Sequence[str],
         control_batches: int,
+        question_last: bool,
         seed: int,
     ):
         self.model, self.processor, self.task, self.seed = model, processor, task, seed
         self.plans: dict[str, Plan | None] = {UNPATCHED: None, **{plan.name: plan for plan in plans}}
-        if control_batches:
-            self.plans[REPEATED] = None
+        self._controls = controls
+        self.plans |= dict.fromkeys(controls)
         self._batches = [list(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
-        self._control = control_batches
+        self._control, self._question_last = control_batches, question_last
 
     def batches(self, shard: Shard, done: set[tuple[str, int]], on_progress: Progress | None) -> Any:
         """Rows of one batch under one plan at a time, of those that this process is to run and are not done."""
         todo = [(number, name) for number in shard.of(len(self._batches)) for name in self._names(number)]
         left = [(number, name) for number, name in todo if (name, number) not in done]
-        current, inputs, hashes = -1, [], []
+        current, batch, hashes = -1, None, []
         for i, (number, name) in enumerate(left):
             if on_progress is not None:
                 on_progress(len(todo) - len(left) + i, len(todo), f"{name}, batch {number + 1} of {len(self._batches)}")
-            if number != current:
-                current, inputs = number, [self._encoded(item) for item in self._batches[number]]
-                hashes = [prompt_hash(encoded) for encoded in inputs]
-            if i == 0:  # the first call of a process pays for allocations and compiled kernels
-                self._run(inputs, 2)
-            yield self._answer(number, name, inputs, hashes)
+            if batch is None or number != current:
+                current, batch = number, self._batch(number)
+                hashes = [prompt_hash(encoded) for encoded in batch.inputs]
+                if i == 0:  # the first call of a process pays for allocations and compiled kernels
+                    self.task.answer(self.model, dataclasses.replace(batch, max_new_tokens=2))
+            yield self._answer(number, name, batch, hashes)
         if on_progress is not None:
             on_progress(len(todo), len(todo), "done")
 
     def _names(self, number: int) -> list[str]:
-        names = rotated([name for name in self.plans if name != REPEATED], number)
-        return [*names, REPEATED] if number < self._control else names
+        names = rotated([name for name in self.plans if name not in self._controls], number)
+        return [*names, *self._controls] if number < self._control else names
 
-    def _encoded(self, item: Item) -> dict[str, Any]:
-        return encode(item.prompt, self.processor, self.model, self.task.chat)
-
-    def _run(self, inputs: list[dict[str, Any]], max_new_tokens: int) -> BatchTrace:
+    def _batch(self, number: int) -> Batch:
+        items = self._batches[number]
+        inputs = [encode(item.prompt, self.processor, self.model, self.task.chat) for item in items]
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-        return self.task.answer(self.model, inputs, pad, max_new_tokens)
-
-    def _answer(self, number: int, name: str, inputs: list[dict[str, Any]], hashes: list[str]) -> list[EvalSample]:
-        items, plan = self._batches[number], self.plans[name]
         longest = max(item.facts.get("max_new_tokens", self.task.max_new_tokens) for item in items)
+        asked = _question_tokens(self.model, items, inputs) if self._question_last else 0
+        batch = Batch(inputs, pad, longest, asked)
+        return dataclasses.replace(batch, reference=self.task.reference(self.model, batch))
+
+    def _answer(self, number: int, name: str, batch: Batch, hashes: list[str]) -> list[EvalSample]:
+        items, plan, longest = self._batches[number], self.plans[name], batch.max_new_tokens
         torch.manual_seed(self.seed)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), other_backend() if name == OTHER_BACKEND else nullcontext():
             warnings.filterwarnings("ignore", ".*never took effect", UserWarning)  # the verdict says so
             handle = None if plan is None else patch(self.model, plan)
             try:
-                trace = self._run(inputs, longest)
+                trace = self.task.answer(self.model, batch)
                 report = None if handle is None else handle.report()
             finally:
                 if handle is not None:
                     handle.remove()
         rows: list[EvalSample] = []
-        for i, (item, encoded, ids) in enumerate(zip(items, inputs, trace.ids)):
+        for i, (item, encoded, ids) in enumerate(zip(items, batch.inputs, trace.ids)):
             ids = ids[: item.facts.get("max_new_tokens", longest)]
             output = str(self.processor.decode(ids, skip_special_tokens=True))
             rows.append(

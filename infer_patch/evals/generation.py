@@ -99,12 +99,18 @@ class BatchTrace:
 
 
 @torch.no_grad()
-def generate_batch(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> BatchTrace:
-    """Generate greedily for a left-padded batch, as `collate` makes it."""
+def generate_batch(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, question_tokens: int = 0) -> BatchTrace:
+    """Generate greedily for a left-padded batch, as `collate` makes it.
+
+    With `question_tokens`, everything before that many tokens is read first, pictures included; the question then
+    reads it from the cache.
+    """
     length = inputs["input_ids"].shape[1]
     watch = _Watch(None, length, model.device)
     config = _greedy(model, max_new_tokens, keep_logits=False)
     begin = watch.now()
+    if question_tokens:
+        inputs = _read_context(model, inputs, length - question_tokens)
     output = model.generate(**inputs, generation_config=config, logits_processor=[watch])
     end = watch.now()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -114,6 +120,17 @@ def generate_batch(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -
     return BatchTrace(
         [_until(row, ends) for row in rows], watch.first - begin, per_token, cache_bytes(output.past_key_values)
     )
+
+
+def _read_context(model: Any, inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Prefill the first `length` columns; what `generate` takes to go on with the rest."""
+    shape = inputs["input_ids"].shape
+    context = {
+        name: x[:, :length] if isinstance(x, Tensor) and x.shape[:2] == shape else x for name, x in inputs.items()
+    }
+    read = model.generate(**context, generation_config=_greedy(model, 1, keep_logits=False))
+    whole = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return {**whole, "past_key_values": read.past_key_values}
 
 
 def collate(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:

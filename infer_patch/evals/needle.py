@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from infer_patch.errors import PatchError
 from infer_patch.evals import haystack
-from infer_patch.evals.prompts import Prompt
+from infer_patch.evals.prompts import Prompt, tokens_from
 from infer_patch.evals.task import Item, Scored, Task
 
 
@@ -118,7 +118,9 @@ class NeedleGrid(Task):
             raise PatchError(f"{self.text_folder} holds every number that was drawn; give texts with fewer digits.")
         name = f"{length} tokens, {100 * depth:g} %, {repeat}"
         facts = {"length": length, "depth": depth, "repeat": repeat, "needle": prompt.needle.sentence}
-        shown = Prompt(prompt.text, name, answer=prompt.answer, input_ids=tuple(prompt.input_ids))
+        asked = tokens_from(tokenizer, prompt.text, prompt.needle.question)
+        ids = tuple(prompt.input_ids)
+        shown = Prompt(prompt.text, name, answer=prompt.answer, input_ids=ids, question_tokens=asked)
         return Item(name, shown, prompt.answer, f"haystack of {name}", facts)
 
 

@@ -22,7 +22,7 @@ from infer_patch.evals.generation import BatchTrace
 from infer_patch.evals.haystack import build_haystack
 from infer_patch.evals.needle import check_context, read_texts
 from infer_patch.evals.prompts import Prompt
-from infer_patch.evals.task import Item, Scored, Task
+from infer_patch.evals.task import Batch, Item, Scored, Task
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Perplexity(Task):
 
     name: ClassVar[str] = "ppl"
     headline: ClassVar[str] = "nll"
+    answers_prompts: ClassVar[bool] = False
     unit: ClassVar[Literal["share", "nats"]] = "nats"
     tokens: int = 2048
     windows: int = 4
@@ -90,8 +91,8 @@ class Perplexity(Task):
         return [Item(f"window {i}", Prompt(input_ids=tuple(part)), None) for i, part in enumerate(cut)]
 
     @torch.no_grad()
-    def answer(self, model: Any, inputs: list[dict[str, Any]], pad_token_id: int, max_new_tokens: int) -> BatchTrace:
-        ids = torch.cat([sample["input_ids"] for sample in inputs])
+    def answer(self, model: Any, batch: Batch) -> BatchTrace:
+        ids = torch.cat([sample["input_ids"] for sample in batch.inputs])
         start, clock = self.prefill or self.tokens, _Clock(model.device)
         out = model(ids[:, :start], use_cache=True, logits_to_keep=1 if self.prefill else 0)
         first = clock.lap()

@@ -5,8 +5,8 @@ of 3,000 questions about the same 500 COCO pictures (val2014). The splits share 
 and many others: only 5,127 pairs of picture and question differ. Each pair is answered once, and metrics count it as
 often as it stands in each split, so they equal those of 9,000 answers.
 
-The answer is one word, read right after prefill. A method that changes nothing but the stored cache (a quantised one,
-for example) shows no loss here.
+The answer is one word, read right after the prompt. So that a method that changes only the stored cache (a quantised
+one, for example) can show a loss at all, such plans are asked after the picture is in the cache (`question_last`).
 
 `pope_scenes` builds questions of this kind about drawn scenes, without any file.
 """

@@ -31,6 +31,9 @@ class Prompt:
         The whole prompt as tokens, chat template and all.
     inputs : mapping, optional
         Everything `generate` takes, for one sample.
+    question_tokens : int, optional
+        How many tokens at the end are the question about what stands before them. Prompts with pictures need none:
+        there it is what follows the last picture.
     """
 
     text: str = ""
@@ -39,6 +42,7 @@ class Prompt:
     answer: str | None = None
     input_ids: tuple[int, ...] | None = None
     inputs: Mapping[str, Any] | None = None
+    question_tokens: int | None = None
 
 
 def encode(prompt: Prompt, processor: Any, model: Any, chat: bool | None = None) -> dict[str, Any]:
@@ -59,6 +63,20 @@ def encode(prompt: Prompt, processor: Any, model: Any, chat: bool | None = None)
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     _check(prompt, inputs["input_ids"], model)
     return {name: _placed(value, model) for name, value in inputs.items()}
+
+
+def question_length(prompt: Prompt, input_ids: Tensor, image_token_ids: tuple[int, ...]) -> int | None:
+    """Tokens at the end of input_ids [1, T] that are the question; None where nothing tells."""
+    if prompt.question_tokens is not None:
+        return prompt.question_tokens
+    ids: list[int] = input_ids[0].tolist()
+    return next((after for after, token in enumerate(reversed(ids)) if token in image_token_ids), None)
+
+
+def tokens_from(tokenizer: Any, text: str, words: str) -> int | None:
+    """About how many tokens the last occurrence of `words`, and all that follows it, takes; None if it has none."""
+    at = text.rfind(words)
+    return None if at < 0 else len(tokenizer(text[at:], add_special_tokens=False, verbose=False).input_ids)
 
 
 def prompt_hash(inputs: Mapping[str, Any]) -> str:

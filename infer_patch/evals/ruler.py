@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from infer_patch.errors import PatchError
 from infer_patch.evals.haystack import build_haystack
 from infer_patch.evals.needle import check_context, check_distinct, from_random_paragraph, read_texts
-from infer_patch.evals.prompts import Prompt
+from infer_patch.evals.prompts import Prompt, tokens_from
 from infer_patch.evals.ruler_words import ADJECTIVES, NOUNS
 from infer_patch.evals.task import Item, Scored, Task
 
@@ -168,7 +168,9 @@ class Ruler(Task):
                 "take a shorter one, or a folder with more text."
             )
         facts = {"task": task, "length": length, "sample": sample, "max_new_tokens": NEW_TOKENS[task]}
-        return Item(name, Prompt(shown, name, input_ids=tuple(ids)), question.references, name, facts)
+        asked = tokens_from(tokenizer, shown, question.text.rsplit("\n\n", 1)[-1])
+        prompt = Prompt(shown, name, input_ids=tuple(ids), question_tokens=asked)
+        return Item(name, prompt, question.references, name, facts)
 
 
 def post_process(output: str) -> str:

@@ -233,7 +233,11 @@ class EvalRow(TypedDict):
 
 
 class EvalSummary(TypedDict):
-    """`summary.json` of an evaluation. `grid` is depth x length mean scores by run, for tasks that have one."""
+    """`summary.json` of an evaluation.
+
+    `question_last`: runs read the question after all before it was in the cache. `grids` are mean scores per cell by
+    run, for tasks that are read as heat maps.
+    """
 
     schema: int
     task: str
@@ -244,6 +248,7 @@ class EvalSummary(TypedDict):
     groups: int
     tokens: Interval
     cache_exercised: bool
+    question_last: bool
     rows: list[EvalRow]
     grids: dict[str, list[list[float | None]]] | None
     grid_axes: dict[str, list[Any]] | None

@@ -53,18 +53,21 @@ def paired(
     seed: int = 0,
     resamples: int = RESAMPLES,
     weights: Sequence[float] | None = None,
+    right: Sequence[tuple[bool, bool]] | None = None,
 ) -> Paired:
-    """Compare scores (0 to 1) of the same items in the same order. An item counts as right from 0.5 on.
+    """Compare scores (0 to 1) of the same items in the same order.
 
     `weights` count in the difference and its interval (an item that stands for several rows); flips are of items.
+    `right` says which items were right in the reference and in the run, where a score from 0.5 on does not.
     """
     if not len(reference) == len(other) == len(groups) or not len(reference):
         raise ValueError(
             f"paired scores need equal, non-zero lengths, got {len(reference)}, {len(other)}, {len(groups)}"
         )
     before, after = np.asarray(reference, float), np.asarray(other, float)
-    lost = int(((before >= 0.5) & (after < 0.5)).sum())
-    won = int(((before < 0.5) & (after >= 0.5)).sum())
+    flips = list(zip(before >= 0.5, after >= 0.5)) if right is None else right
+    lost = sum(bool(was and not now) for was, now in flips)
+    won = sum(bool(now and not was) for was, now in flips)
     weight = np.ones_like(before) if weights is None else np.asarray(weights, float)
     low, high = cluster_bootstrap(after - before, groups, seed, resamples, weight)
     return Paired(

@@ -117,7 +117,7 @@ def _pareto(summary: EvalSummary) -> str | None:
 
 
 def _flips(summary: EvalSummary, samples: Sequence[EvalSample]) -> dict[str, list[dict[str, Any]]]:
-    """Answers that went from right to wrong or back, by run: item, reference, both outputs."""
+    """Answers that went from right to wrong or back (`won`), and for drift all that differ; by run, with both outputs."""
     base = {s["item"]: s for s in samples if s["plan"] == UNPATCHED}
     found: dict[str, list[dict[str, Any]]] = {}
     for row in summary["rows"] if summary["unit"] == "share" else ():
@@ -125,9 +125,10 @@ def _flips(summary: EvalSummary, samples: Sequence[EvalSample]) -> dict[str, lis
             continue
         rows = []
         for own in (s for s in samples if s["plan"] == row["name"]):
-            before, after = base[own["item"]]["score"]["correct"] >= 0.5, own["score"]["correct"] >= 0.5
-            if before != after:
-                what = {"item": own["item"], "reference": own["reference"], "won": after}
+            before, after = base[own["item"]]["score"]["correct"], own["score"]["correct"]
+            won = None if None in (before, after) or (before >= 0.5) == (after >= 0.5) else after >= 0.5
+            if won is not None or own["score"].get("same_output") is False:
+                what = {"item": own["item"], "reference": own["reference"], "won": won}
                 rows.append({**what, "before": base[own["item"]]["output"], "after": own["output"]})
         found[row["name"]] = rows
     return found

@@ -12,7 +12,7 @@ from infer_patch.evals.schema import EvalRow, EvalSummary, Interval
 from infer_patch.evals.verdict import megabytes
 from infer_patch.report import formats
 
-NUMBERS = {"nll": 3, "ppl": 2, "rouge1_f": 2}  # metrics that are no shares, with their digits
+NUMBERS = {"nll": 3, "ppl": 2, "rouge1_f": 2, "kl": 4, "kl_p99": 3, "agreed_tokens": 1, "max_logit_gap": 2}
 SHOWN = 3  # metrics beside the headline that fit a terminal
 
 
