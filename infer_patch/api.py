@@ -14,7 +14,7 @@ from infer_patch.errors import PatchError
 from infer_patch.families import describe
 from infer_patch.method import Method
 from infer_patch.plan import Plan, PlanLike
-from infer_patch.stats import Report, make_report
+from infer_patch.stats import Report, VisualTokens, make_report
 
 _HANDLE = "_infer_patch_handle"
 
@@ -66,6 +66,17 @@ class Handle:
         if reset:
             self._engine.stats.reset()
         return report
+
+    def record_visual_tokens(self, on: bool = True) -> None:
+        """From now on, keep of every call which visual tokens went on and which left; off again with `on=False`.
+
+        Off at first: what is kept holds memory, so record the few calls that are to be looked at.
+        """
+        self._engine.stats.record = on
+
+    def visual_tokens(self) -> list[VisualTokens]:
+        """What was recorded: an entry per forward call that brought visual tokens, for plans that drop some."""
+        return list(self._engine.stats.recorded)
 
     def __enter__(self) -> Handle:
         return self

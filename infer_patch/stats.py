@@ -5,48 +5,87 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from infer_patch.tokens import Tokens
+
+_PHASES = ("prefill", "decode")
 
 
 @dataclass
 class MethodStats:
     """Counters of one method; tensors are sums kept on the device."""
 
-    read: dict[int, Any] = field(default_factory=dict)  # layer -> key blocks read, summed over heads and query blocks
-    causal: dict[int, int] = field(default_factory=dict)  # layer -> key blocks a dense pass would have read
+    # phase -> layer -> key blocks read, summed over heads and query blocks; and those a dense pass would have read
+    read: dict[str, dict[int, Any]] = field(default_factory=lambda: {phase: {} for phase in _PHASES})
+    causal: dict[str, dict[int, int]] = field(default_factory=lambda: {phase: {} for phase in _PHASES})
     sparse_calls: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "decode": 0})
     dense_calls: dict[str, int] = field(default_factory=dict)  # reason -> attention calls that ran dense
     kept: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens that went on
     total: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens there were
     last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> (keep, image) of the last call
     stored: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> rows held, tokens seen (last call)
+    # layer -> bytes held by precision, and what the same tokens take unquantised (last call)
+    stored_bytes: dict[int, tuple[dict[str, int], int]] = field(default_factory=dict)
     calibrated: dict[int, int] = field(default_factory=dict)  # layer -> attention calls corrected
 
 
+@dataclass
+class VisualTokens:
+    """Where the visual tokens of one forward call left.
+
+    Parameters
+    ----------
+    image : int64 Tensor [B, T]
+        Number of the picture within its sample, -1 for text and padding.
+    keeps : list of (int, bool Tensor [B, T])
+        Layers that dropped something, first to last, and what went on from there.
+    """
+
+    image: Tensor
+    keeps: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def left_at(self, sample: int) -> list[list[int | None]]:
+        """For each picture of a sample, and each of its tokens in order: the layer that was the first to run without
+        it, None for a token that stayed to the end. Copies to the host."""
+        image = self.image[sample].cpu()
+        left = torch.full_like(image, -1)
+        for layer, keep in self.keeps:
+            left[(left < 0) & ~keep[sample].cpu()] = layer
+        pictures = range(int(image.max()) + 1)
+        return [[None if x < 0 else x for x in left[image == number].tolist()] for number in pictures]
+
+
 class Stats:
-    """Everything one engine counts."""
+    """Everything one engine counts. With `record`, calls that bring visual tokens leave their masks in `recorded`."""
 
     def __init__(self, methods: list[str]):
         self.names = methods
+        self.record = False
         self.reset()
 
     def reset(self) -> None:
         self.calls = 0
-        self.tokens = {"prefill": 0, "decode": 0}
+        self.tokens = {phase: 0 for phase in _PHASES}
+        self.visual_tokens: Any = 0
         self.cache_bytes = 0
+        self.recorded: list[VisualTokens] = []
         self.methods = {name: MethodStats() for name in self.names}
 
     def call(self, tokens: Tokens) -> None:
         self.calls += 1
         self.tokens["decode" if tokens.length == 1 else "prefill"] += tokens.batch * tokens.length
+        if tokens.image is not None:
+            self.visual_tokens = self.visual_tokens + (tokens.image >= 0).sum()
+            if self.record:
+                self.recorded.append(VisualTokens(tokens.image))
 
-    def selected(self, name: str, layer: int, read: Tensor, causal: int, decode: bool) -> None:
-        stats = self.methods[name]
-        stats.read[layer] = stats.read.get(layer, 0) + read
-        stats.causal[layer] = stats.causal.get(layer, 0) + causal
-        stats.sparse_calls["decode" if decode else "prefill"] += 1
+    def selected(self, name: str, layer: int, read: Tensor | int, causal: int, decode: bool) -> None:
+        stats, phase = self.methods[name], "decode" if decode else "prefill"
+        stats.read[phase][layer] = stats.read[phase].get(layer, 0) + read
+        stats.causal[phase][layer] = stats.causal[phase].get(layer, 0) + causal
+        stats.sparse_calls[phase] += 1
 
     def dense(self, name: str, reason: str) -> None:
         calls = self.methods[name].dense_calls
@@ -57,6 +96,9 @@ class Stats:
         stats.kept[layer] = stats.kept.get(layer, 0) + (keep & visual).sum()
         stats.total[layer] = stats.total.get(layer, 0) + visual.sum()
         stats.last[layer] = (keep, image)
+        for call in self.recorded:
+            if call.image is image:
+                call.keeps.append((layer, keep))
 
 
 @dataclass(frozen=True)
@@ -64,7 +106,7 @@ class Report:
     """What a patch did since it was put on (or since the last `reset`).
 
     `methods` maps each method's name to its figures; `silent` names the methods that never took effect although the
-    model ran.
+    model ran. `tokens` counts padding too; `visual_tokens` counts, for plans that drop some, those that came in.
     """
 
     plan: str
@@ -73,6 +115,7 @@ class Report:
     tokens: dict[str, int]
     cache_bytes: int
     methods: dict[str, dict[str, Any]]
+    visual_tokens: int = 0
 
     @property
     def silent(self) -> list[str]:
@@ -85,6 +128,7 @@ class Report:
             "model": self.model,
             "forward_calls": self.calls,
             "tokens": self.tokens,
+            "visual_tokens": self.visual_tokens,
             "cache_bytes": self.cache_bytes,
             "methods": self.methods,
             "silent": self.silent,
@@ -101,15 +145,23 @@ class Report:
 def make_report(stats: Stats, plan: str, model: str) -> Report:
     """Read the counters (the only place that waits for the device)."""
     figures = {name: _figures(s) for name, s in stats.methods.items()}
-    return Report(plan, model, stats.calls, dict(stats.tokens), stats.cache_bytes, figures)
+    return Report(
+        plan, model, stats.calls, dict(stats.tokens), stats.cache_bytes, figures, visual_tokens=int(stats.visual_tokens)
+    )
 
 
 def _figures(stats: MethodStats) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    if stats.causal or stats.dense_calls:
-        read = {layer: int(x) for layer, x in stats.read.items()}
-        figures["blocks_read"], figures["blocks_causal"] = sum(read.values()), sum(stats.causal.values())
-        figures["share_read"] = {i: round(read[i] / stats.causal[i], 4) for i in sorted(read)}
+    if any(stats.causal.values()) or stats.dense_calls:
+        blocks = {
+            phase: {layer: [int(stats.read[phase][layer]), causal] for layer, causal in sorted(counts.items())}
+            for phase, counts in stats.causal.items()
+        }
+        layers = sorted({layer for counts in blocks.values() for layer in counts})
+        sums = {i: [sum(c[i][k] for c in blocks.values() if i in c) for k in (0, 1)] for i in layers}
+        figures["blocks_read"], figures["blocks_causal"] = (sum(pair[k] for pair in sums.values()) for k in (0, 1))
+        figures["share_read"] = {i: round(read / causal, 4) for i, (read, causal) in sums.items()}
+        figures["blocks"] = {phase: counts for phase, counts in blocks.items() if counts}
         figures["sparse_calls"], figures["dense_calls"] = dict(stats.sparse_calls), dict(stats.dense_calls)
     if stats.total:
         figures["visual_tokens_kept"] = {i: int(stats.kept[i]) for i in sorted(stats.kept)}
@@ -118,15 +170,28 @@ def _figures(stats: MethodStats) -> dict[str, Any]:
     if stats.stored:
         figures["rows_held"] = {i: rows for i, (rows, _) in sorted(stats.stored.items())}
         figures["tokens_seen"] = max(seen for _, seen in stats.stored.values())
+    if any(name.endswith(" bits") for held, _ in stats.stored_bytes.values() for name in held):
+        figures["bytes_by_precision"] = _summed([held for held, _ in stats.stored_bytes.values()])
+        figures["bytes_unquantised"] = sum(whole for _, whole in stats.stored_bytes.values())
     if stats.calibrated:
         figures["calls_calibrated"] = {i: stats.calibrated[i] for i in sorted(stats.calibrated)}
     figures["fired"] = bool(
         sum(stats.sparse_calls.values())
         or any(figures.get("visual_tokens_kept", {}).get(i) != n for i, n in figures.get("visual_tokens", {}).items())
         or any(rows < seen for rows, seen in stats.stored.values())
+        or "bytes_by_precision" in figures
         or stats.calibrated
     )
     return figures
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Dictionaries of counts added up, largest first."""
+    total: dict[str, int] = {}
+    for count in counts:
+        for name, n in count.items():
+            total[name] = total.get(name, 0) + n
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def _per_image(keep: Tensor, image: Tensor) -> list[list[list[int]]]:
@@ -150,8 +215,16 @@ def describe(figures: dict[str, Any]) -> str:
         first = min(figures["visual_tokens"], key=int)  # texts, where a report comes from a file
         kept = figures["visual_tokens_kept"][first]
         words.append(f"kept {kept} of {figures['visual_tokens'][first]} visual tokens from layer {first} on")
-    if "rows_held" in figures:
+    if "bytes_by_precision" in figures:
+        held, whole = figures["bytes_by_precision"], figures["bytes_unquantised"]
+        parts = ", ".join(f"{_size(n)} in {name}" for name, n in held.items())
+        words.append(f"cache of {parts}: {whole / sum(held.values()):.2f} x smaller than unquantised")
+    elif "rows_held" in figures:
         words.append(f"held at most {max(figures['rows_held'].values())} of {figures['tokens_seen']} cached tokens")
     if "calls_calibrated" in figures:
         words.append(f"corrected {sum(figures['calls_calibrated'].values())} attention calls")
     return "; ".join(words) if figures["fired"] else "; ".join(["NEVER FIRED", *words])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

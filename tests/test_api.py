@@ -211,8 +211,8 @@ class TestPlans:
             Plan.from_yaml(text)
 
     def test_unknown_preset_and_strange_plans(self, llama):
-        with pytest.raises(PlanError, match=r"unknown preset 'hip'; presets: .*envelope"):
-            infer_patch.patch(llama, "hip")
+        with pytest.raises(PlanError, match=r"unknown preset 'hop'; presets: .*envelope"):
+            infer_patch.patch(llama, "hop")
         with pytest.raises(PlanError, match="cannot make a plan of 3"):
             infer_patch.patch(llama, 3)
         with pytest.raises(PlanError, match=r"cannot read the plan file nowhere\.yaml"):

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from test_evaluate import NARROW, WIDE
+from test_kept_tokens import run as look_at_pictures
 
 from infer_patch.evals.evaluate import evaluate
 from infer_patch.evals.needle import NeedleGrid
@@ -23,9 +24,11 @@ addEventListener("load", () => {
   document.body.dataset.probe = JSON.stringify({
     fits: page.scrollWidth <= innerWidth, width: innerWidth, svgs: document.querySelectorAll("svg").length,
     drawn: [...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height > 20).length,
+    images: document.images.length, labelled: [...document.querySelectorAll("svg")].filter(s => s.ariaLabel).length,
+    seen: [...document.images].filter(i => i.complete && i.naturalWidth > 100 && i.width > 100 && i.alt).length,
     rows: document.querySelectorAll("tbody tr").length, focusable: reach.length,
     unreachable: scrolled.filter(e => e.tabIndex < 0).length,
-    requests: performance.getEntriesByType("resource").length });
+    requests: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length });
 });
 </script>"""
 
@@ -62,8 +65,19 @@ def test_the_page_in_a_browser(page, tmp_path, width):
     assert not console
     assert found["requests"] == 0
     assert found["fits"], found
-    assert found["svgs"] == found["drawn"] == 6  # a heat map each, two differences, quality against time
+    # a heat map each, two differences, quality against time, five strips of shares per layer
+    assert found["svgs"] == found["drawn"] == found["labelled"] == 11
     assert found["rows"] >= 4 and found["focusable"] >= 5 and found["unreachable"] == 0
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_kept_tokens_in_a_browser(tmp_path, width):
+    found, console = probe(look_at_pictures(tmp_path / "result").page, tmp_path, width)
+    assert not console and found["fits"], (console, found)
+    assert found["images"] == found["seen"] == 9  # three examples: the picture, and under two plans
+    assert found["svgs"] == found["drawn"] == found["labelled"] >= 3  # shares per layer
+    assert found["requests"] == 0 and found["unreachable"] == 0
 
 
 def test_the_page_names_nothing_outside_itself(page):

@@ -5,6 +5,7 @@ import torch
 from miniatures import MINIATURES, text_inputs, vision_inputs
 from test_evaluate import IDENTITY, NARROW, WIDE, Echo
 
+from infer_patch import Plan
 from infer_patch.availability import continues_3d_positions
 from infer_patch.errors import PatchError
 from infer_patch.evals.evaluate import evaluate
@@ -12,6 +13,8 @@ from infer_patch.evals.generation import generate_batch
 from infer_patch.evals.needle import NeedleGrid
 from infer_patch.evals.perplexity import Perplexity
 from infer_patch.evals.prompts import Prompt, question_length
+from infer_patch.evals.question_last import feeds_question_last
+from infer_patch.patches import FastV
 
 VISION = [mini for mini in MINIATURES.values() if mini.kind == "vision" and mini.bidirectional != "prompt"]
 
@@ -64,3 +67,13 @@ def test_it_refuses_where_there_is_no_question(tiny):
     assert not evaluate(*tiny, Echo(count=2), [NARROW]).summary["question_last"]
     ppl = Perplexity(tokens=300, windows=1, prefill=200)
     assert not evaluate(*tiny, ppl, [NARROW]).summary["question_last"]
+
+
+def test_pruning_plans_read_the_question_in_the_prefill(tiny):
+    """A pruning method is led by the question: with the context alone it would have nothing to go by."""
+    item = NeedleGrid(lengths=(600,)).items(tiny[1], tiny[0])[0]
+    plans = [NARROW, Plan((FastV(),), "fastv")]
+    assert feeds_question_last(*tiny, NeedleGrid(), [NARROW], item, None)
+    assert not feeds_question_last(*tiny, NeedleGrid(), plans, item, None)
+    with pytest.raises(PatchError, match="prune visual tokens must read the question"):
+        feeds_question_last(*tiny, NeedleGrid(), plans, item, True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,8 @@ class EvalFolder:
         order, place = {name: i for i, name in enumerate(plans)}, {name: i for i, name in enumerate(items)}
         return sorted(rows, key=lambda row: (order[row["plan"]], place[row["item"]]))
 
-    def finish(self, summary: EvalSummary, samples: Sequence[EvalSample]) -> None:
-        """Write summary, samples and page, and mark the run as done."""
+    def finish(self, summary: EvalSummary, samples: Sequence[EvalSample], pictures: Mapping[str, bytes]) -> None:
+        """Write summary, samples, pictures (by file name) and page, and mark the run as done."""
         if self.path is None:
             return
         from infer_patch.report.eval_page import render_eval
@@ -104,8 +104,12 @@ class EvalFolder:
         final = self._closed("done", None)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
         write_text(self.path / "samples.jsonl", "".join(lines))
+        shutil.rmtree(self.path / "kept", ignore_errors=True)
+        for name, picture in pictures.items():
+            (self.path / name).parent.mkdir(exist_ok=True)
+            (self.path / name).write_bytes(picture)
         write_json(self.path / "summary.json", summary)
-        write_text(self.path / "report.html", render_eval(final, summary, samples))
+        write_text(self.path / "report.html", render_eval(final, summary, samples, pictures))
         write_json(self.path / "manifest.json", final)
         for file in self.path.glob("rows-*.jsonl"):
             file.unlink()

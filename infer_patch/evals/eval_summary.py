@@ -63,6 +63,7 @@ def summarise_eval(
         "rows": rows,
         "grids": {name: grid[1] for name, grid in drawn.items()} or None,
         "grid_axes": next((grid[0] for grid in drawn.values()), None),
+        "examples": [],
     }
 
 

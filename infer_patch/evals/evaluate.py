@@ -18,20 +18,21 @@ from typing import Any
 import torch
 
 from infer_patch.api import patch
-from infer_patch.availability import continues_3d_positions, require
+from infer_patch.availability import require
 from infer_patch.errors import PatchError
 from infer_patch.evals.compare import Progress, checked, model_facts
 from infer_patch.evals.cost import rotated
 from infer_patch.evals.drift import other_backend, why_no_other_backend
 from infer_patch.evals.eval_folder import EvalFolder
 from infer_patch.evals.eval_summary import summarise_eval
-from infer_patch.evals.prompts import encode, prompt_hash, question_length
+from infer_patch.evals.kept_tokens import draw_examples, example_items
+from infer_patch.evals.prompts import encode, prompt_hash
+from infer_patch.evals.question_last import feeds_question_last, question_tokens
 from infer_patch.evals.results import git_commit, plain
 from infer_patch.evals.schema import SCHEMA, EvalSample, EvalSummary, Manifest
 from infer_patch.evals.shards import Shard
 from infer_patch.evals.summary import OTHER_BACKEND, REPEATED, UNPATCHED
 from infer_patch.evals.task import Batch, Item, Task
-from infer_patch.families import describe
 from infer_patch.machine import machine
 from infer_patch.method import Method
 from infer_patch.plan import Plan, PlanLike
@@ -120,7 +121,7 @@ def evaluate(
             f"the task {task.name} gives {len(items)} items; it needs at least one, and names that differ."
         )
     shard = Shard.from_environment()
-    question_last = _question_last(model, processor, task, wanted, items[0], question_last)
+    question_last = feeds_question_last(model, processor, task, wanted, items[0], question_last)
     no_control = _why_no_other_backend(model, processor, task, items) if control_batches else None
     settings = {
         **_values(task),
@@ -162,8 +163,9 @@ def evaluate(
             return Evaluation(manifest, None, folder.samples, folder.path)
         samples = folder.merged([*runner.plans], [item.name for item in items])
         found = summarise_eval(task, runner.plans, samples, manifest["model"]["id"], question_last, seed)
+        found["examples"], pictures = draw_examples(runner.examples, samples, processor, model, task.chat)
         summary: EvalSummary = plain(found)
-        folder.finish(summary, samples)
+        folder.finish(summary, samples, pictures)
     except BaseException as error:
         folder.fail(error)
         raise
@@ -184,35 +186,11 @@ def at_random(plan: Plan) -> Plan | None:
     return None if tuple(methods) == plan.methods else Plan(tuple(methods), f"{plan.name}-random")
 
 
-def _question_last(
-    model: Any, processor: Any, task: Task, plans: Sequence[Plan], item: Item, wanted: bool | None
-) -> bool:
-    """Whether questions are fed after what they ask about; the first item tells for all of a task."""
-    if wanted is False or (wanted is None and not any("store" in m.active_ports() for plan in plans for m in plan)):
-        return False
-    encoded = encode(item.prompt, processor, model, task.chat)
-    possible = task.answers_prompts and _question_tokens(model, [item], [encoded])
-    if hasattr(getattr(model, "model", None), "rope_deltas") and not continues_3d_positions():
-        if wanted:
-            raise PatchError("transformers 5.2 gives this model wrong positions in a second call; take 5.3 or newer.")
-        return False
-    if wanted and not possible:
-        raise PatchError(f"the prompts of {task.name} have no question at their end that could be fed by itself.")
-    return bool(possible)
-
-
 def _why_no_other_backend(model: Any, processor: Any, task: Task, items: Sequence[Item]) -> str | None:
     if not task.other_backend:
         return None
     longest = max(encode(item.prompt, processor, model, task.chat)["input_ids"].shape[1] for item in items)
     return why_no_other_backend(model, longest)
-
-
-def _question_tokens(model: Any, items: Sequence[Item], inputs: Sequence[dict[str, Any]]) -> int:
-    """The length of the shortest question of a batch; 0 where one has none."""
-    visual = describe(model).image_token_ids
-    found = [question_length(item.prompt, x["input_ids"], visual) or 0 for item, x in zip(items, inputs)]
-    return min(found)
 
 
 class _Runner:
@@ -235,6 +213,7 @@ class _Runner:
         self.plans: dict[str, Plan | None] = {UNPATCHED: None, **{plan.name: plan for plan in plans}}
         self._controls = controls
         self.plans |= dict.fromkeys(controls)
+        self.examples = example_items(items)
         self._batches = [list(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
         self._control, self._question_last = control_batches, question_last
 
@@ -265,19 +244,23 @@ class _Runner:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
         longest = max(item.facts.get("max_new_tokens", self.task.max_new_tokens) for item in items)
-        asked = _question_tokens(self.model, items, inputs) if self._question_last else 0
+        asked = question_tokens(self.model, items, inputs) if self._question_last else 0
         batch = Batch(inputs, pad, longest, asked)
         return dataclasses.replace(batch, reference=self.task.reference(self.model, batch))
 
     def _answer(self, number: int, name: str, batch: Batch, hashes: list[str]) -> list[EvalSample]:
         items, plan, longest = self._batches[number], self.plans[name], batch.max_new_tokens
+        drawn = {item.name for item in self.examples}
         torch.manual_seed(self.seed)
         with warnings.catch_warnings(), other_backend() if name == OTHER_BACKEND else nullcontext():
             warnings.filterwarnings("ignore", ".*never took effect", UserWarning)  # the verdict says so
             handle = None if plan is None else patch(self.model, plan)
             try:
+                if handle is not None:
+                    handle.record_visual_tokens(any(item.name in drawn for item in items))
                 trace = self.task.answer(self.model, batch)
                 report = None if handle is None else handle.report()
+                recorded = [] if handle is None else handle.visual_tokens()
             finally:
                 if handle is not None:
                     handle.remove()
@@ -303,6 +286,7 @@ class _Runner:
                     "cache_bytes": trace.cache_bytes,
                     "fired": None if report is None or not report.methods else not report.silent,
                     "effect": None if report is None or rows else _effect(report),
+                    "left_at": recorded[0].left_at(i) if len(recorded) == 1 and item.name in drawn else None,
                 }
             )
         return rows

@@ -39,6 +39,15 @@ def load(
     return _from_pretrained(name, device, dtype)
 
 
+def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """For tensors that belong to no model; "auto" takes a GPU if there is one, float32 on a CPU, bfloat16 elsewhere."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
+    chosen = torch.device(device)
+    return chosen, _precision(dtype) or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
+
+
 def open_images(paths: Sequence[Path]) -> tuple[Any, ...]:
     """Pictures in RGB."""
     if not paths:

@@ -166,6 +166,8 @@ class EvalSample(TypedDict):
 
     `batch` numbers the batch that it ran in; times and `cache_bytes` are those of the whole batch. `fired`: every
     method of the plan took effect in it (None: there is no method). `effect` stands in the first row of a batch only.
+    `left_at` stands in the rows of a few examples, for plans that drop visual tokens: for each picture, and each of its
+    tokens in order, the layer that was the first to run without it, or None where it stayed to the end.
     """
 
     plan: str
@@ -184,6 +186,7 @@ class EvalSample(TypedDict):
     cache_bytes: int
     fired: bool | None
     effect: dict[str, Any] | None
+    left_at: list[list[int | None]] | None
 
 
 class PairedDifference(TypedDict):
@@ -232,6 +235,27 @@ class EvalRow(TypedDict):
     effect: list[Effect]
 
 
+class KeptTokens(TypedDict):
+    """What a plan kept of an example's `tokens` visual tokens, and how many left at which layer. `pictures` are files
+    with the dropped ones darkened, None where the tokens of a picture form no single grid."""
+
+    kept: int
+    tokens: int
+    left: dict[str, int]
+    pictures: list[str | None]
+
+
+class Example(TypedDict):
+    """An item of which the page shows what plans kept of its pictures; files are named relative to the folder."""
+
+    item: str
+    group: str
+    question: str
+    pictures: list[str]
+    not_shown: int
+    plans: dict[str, KeptTokens]
+
+
 class EvalSummary(TypedDict):
     """`summary.json` of an evaluation.
 
@@ -252,3 +276,4 @@ class EvalSummary(TypedDict):
     rows: list[EvalRow]
     grids: dict[str, list[list[float | None]]] | None
     grid_axes: dict[str, list[Any]] | None
+    examples: list[Example]

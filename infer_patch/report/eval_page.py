@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,21 @@ from infer_patch.evals.schema import EvalSample, EvalSummary, Manifest
 from infer_patch.evals.summary import UNPATCHED
 from infer_patch.report import eval_tables
 from infer_patch.report.eval_plots import heat_map, pareto
+from infer_patch.report.kept_page import Pictures, kept_examples, legends
+from infer_patch.report.layer_shares import layer_strips, svg
 from infer_patch.report.page import environment, manifest_facts, plan_yaml
 
-Run = tuple[Manifest, EvalSummary, Sequence[EvalSample]]
+Run = tuple[Manifest, EvalSummary, Sequence[EvalSample], Mapping[str, bytes]]
 
 
-def render_eval(manifest: Manifest, summary: EvalSummary, samples: Sequence[EvalSample]) -> str:
-    """The page of one evaluation as text. Everything that a model, a file or a user wrote is escaped."""
-    return render_runs([(manifest, summary, samples)])
+def render_eval(
+    manifest: Manifest, summary: EvalSummary, samples: Sequence[EvalSample], pictures: Mapping[str, bytes]
+) -> str:
+    """The page of one evaluation as text. Everything that a model, a file or a user wrote is escaped.
+
+    `pictures` are the files that `summary` names in its examples; one that is missing is left out.
+    """
+    return render_runs([(manifest, summary, samples, pictures)])
 
 
 def render_runs(runs: Sequence[Run]) -> str:
@@ -29,10 +36,10 @@ def render_runs(runs: Sequence[Run]) -> str:
 
     pages.globals.update(tables=eval_tables, metric=_shown_as)
     part = pages.get_template("eval_run.html.jinja")
-    shown = []
-    for i, (manifest, summary, samples) in enumerate(runs):
+    shown, room = [], Pictures()
+    for i, (manifest, summary, samples, pictures) in enumerate(runs):
         at = f"run-{i + 1}-" if len(runs) > 1 else ""
-        body = Markup(part.render(at=at, **_values(manifest, summary, samples)))
+        body = Markup(part.render(at=at, **_values(manifest, summary, samples, pictures, room)))
         shown.append({"id": at + "top", "manifest": manifest, "summary": summary, "body": body})
     title = runs[0][1]["title"] if len(runs) == 1 else f"{len(runs)} evaluations"
     return pages.get_template("eval.html.jinja").render(
@@ -43,7 +50,13 @@ def render_runs(runs: Sequence[Run]) -> str:
     )
 
 
-def _values(manifest: Manifest, summary: EvalSummary, samples: Sequence[EvalSample]) -> dict[str, Any]:
+def _values(
+    manifest: Manifest,
+    summary: EvalSummary,
+    samples: Sequence[EvalSample],
+    pictures: Mapping[str, bytes],
+    room: Pictures,
+) -> dict[str, Any]:
     """What the template of one run asks for."""
     from markupsafe import Markup
 
@@ -61,6 +74,10 @@ def _values(manifest: Manifest, summary: EvalSummary, samples: Sequence[EvalSamp
         "heat": [(title, safe(drawn)) for title, drawn in _heat_maps(summary)],
         "pareto": safe(_pareto(summary)),
         "flips": _flips(summary, samples),
+        "kept": kept_examples(summary, samples, pictures, room),
+        "legends": legends(summary),
+        "layers": manifest["model"]["layers"],
+        "layer_strips": _layer_strips(manifest, summary, samples),
         "yaml": {plan["name"]: plan_yaml(plan) for plan in manifest["plans"]},
         "facts": manifest_facts(manifest),
     }
@@ -70,13 +87,15 @@ def _shown_as(name: str) -> Any:
     return lambda value: eval_tables.metric(name, value)
 
 
-def read_eval(path: str | Path) -> tuple[Manifest, EvalSummary, list[EvalSample]]:
-    """Manifest, summary and samples of a finished evaluation."""
+def read_eval(path: str | Path) -> tuple[Manifest, EvalSummary, list[EvalSample], dict[str, bytes]]:
+    """Manifest, summary, samples and pictures of a finished evaluation."""
     found: Any = read_files(path)
     if "task" not in found[1]:
         raise PatchError(f"{path} holds a comparison, not an evaluation; give folders of `infer-patch eval`.")
-    manifest, summary, samples = found
-    return manifest, summary, samples
+    manifest, written, samples = found
+    summary: Any = {"question_last": False, "examples": [], **written}  # keys that older results lack
+    files = Path(path).glob("kept/*.*")
+    return manifest, summary, samples, {f"kept/{file.name}": file.read_bytes() for file in files}
 
 
 def write_eval_page(folder: str | Path) -> Path:
@@ -104,6 +123,20 @@ def _heat_maps(summary: EvalSummary) -> list[tuple[str, str | None]]:
     return maps
 
 
+def _layer_strips(
+    manifest: Manifest, summary: EvalSummary, samples: Sequence[EvalSample]
+) -> dict[str, list[dict[str, Any]]]:
+    """By plan what there is to draw, with the drawings as ready-made markup."""
+    from markupsafe import Markup
+
+    layers, found = manifest["model"]["layers"], {}
+    for row in summary["rows"]:
+        strips = layer_strips([s for s in samples if s["plan"] == row["name"]], layers)
+        if strips:
+            found[row["name"]] = [{**vars(strip), "svg": Markup(svg(strip, layers, row["name"]))} for strip in strips]
+    return found
+
+
 def _pareto(summary: EvalSummary) -> str | None:
     headline = summary["headline"]
     points = []
@@ -117,7 +150,7 @@ def _pareto(summary: EvalSummary) -> str | None:
 
 
 def _flips(summary: EvalSummary, samples: Sequence[EvalSample]) -> dict[str, list[dict[str, Any]]]:
-    """Answers that went from right to wrong or back (`won`), and for drift all that differ; by run, with both outputs."""
+    """Answers that went from right to wrong or back (`won`), and for drift all that differ; by run, both outputs."""
     base = {s["item"]: s for s in samples if s["plan"] == UNPATCHED}
     found: dict[str, list[dict[str, Any]]] = {}
     for row in summary["rows"] if summary["unit"] == "share" else ():
