@@ -1,3 +1,6 @@
+import copy
+import string
+
 import pytest
 import torch
 from miniatures import MINIATURES
@@ -30,3 +33,17 @@ def folder(tiny, tmp_path_factory):
     for part in tiny:
         part.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def chatty(tiny):
+    """The same with a template that writes earlier turns as they were, and answers in ASCII: text and tokens agree."""
+    model, tokenizer = copy.deepcopy(tiny)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    printable = tokenizer(string.digits + string.ascii_letters + string.punctuation + " ").input_ids
+    other = sorted(set(range(model.config.vocab_size)) - set(printable))
+    model.generation_config.suppress_tokens = other
+    return model, tokenizer
