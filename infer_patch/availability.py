@@ -93,8 +93,8 @@ _TABLE = (
     ),
     Requirement("scipy", "scipy", "eval", "1.10", "paired statistics of evaluations"),
     Requirement("datasets", "datasets", "eval", "3.0", "data sets from the hub"),
-    Requirement("lm-eval", "lm_eval", "harness", "0.4.9", "lm-evaluation-harness tasks"),
-    Requirement("lmms-eval", "lmms_eval", "harness", "0.3", "lmms-eval tasks"),
+    Requirement("lm-eval", "lm_eval", "lm-eval", "0.4.10", "lm-evaluation-harness tasks"),
+    Requirement("lmms-eval", "lmms_eval", "lmms-eval", "0.7", "lmms-eval tasks"),
     Requirement("typer", "typer", "", None, "command line"),
     Requirement("rich", "rich", "", None, "tables and progress"),
 )

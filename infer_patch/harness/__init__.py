@@ -1,0 +1,1 @@
+"""Adapters for the evaluation harnesses people already use: lm-eval and lmms-eval."""
