@@ -25,7 +25,11 @@ from infer_patch.availability import (
 )
 
 _MARK = {True: "[green]ok[/]", False: "[red]no[/]"}
-_FACES = {"cpu": "torch path, runs on any device", "reference": "fp32 reference, slow"}
+_FACES = {
+    "cpu": "torch path, runs on any device",
+    "reference": "fp32 reference, slow",
+    "triton": "Triton kernels (not yet measured on a GPU)",
+}
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")] = False) -> None:
@@ -111,20 +115,33 @@ def _kernels() -> dict[str, Any]:
     import torch
 
     from infer_patch.kernels.block_sparse_attention import IMPLEMENTATIONS
+    from infer_patch.kernels.dispatch import triton_refusal
 
     override = os.environ.get("INFER_PATCH_KERNELS") or None
     problem = None
     if override is not None and override not in IMPLEMENTATIONS:
         problem = f"INFER_PATCH_KERNELS is {override!r}; unset it, or choose from: {', '.join(IMPLEMENTATIONS)}"
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    refusals = {device: triton_refusal(device) for device in devices}
+    if override == "triton" and all(refusals.values()):
+        problem = f"INFER_PATCH_KERNELS is 'triton', but {refusals[devices[-1]]}; unset it, or set it to 'cpu'"
+    automatic = {device: "cpu" if device == "cpu" or refusals[device] else "triton" for device in devices}
     return {
         "implementations": list(IMPLEMENTATIONS),
         "override": override,
         "problem": problem,
-        "block_sparse_attention": {device: override or "cpu" for device in devices},
+        "block_sparse_attention": {device: override or automatic[device] for device in devices},
         "dense": "the attention each model was loaded with",
-        "triton": "Triton kernels are not in this version",
+        "triton": _triton(refusals),
     }
+
+
+def _triton(refusals: dict[str, str | None]) -> str:
+    kernels = "kernels for prefill, decode, block selection"
+    served = [device for device, reason in refusals.items() if reason is None]
+    if served:
+        return f"{kernels}: on {', '.join(served)}"
+    return f"{kernels}: not used, because {refusals[list(refusals)[-1]]}"
 
 
 def _print(found: dict[str, Any], console: Console) -> None:

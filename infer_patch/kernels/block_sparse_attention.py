@@ -2,8 +2,8 @@
 
 out[t] = sum_j softmax_j(scale * q_t . k_j) v_j over the keys j <= position of t that lie in a listed block.
 
-Faces: `reference` (fp32, masks a dense product), `cpu` (fast torch, any device). `block_sparse_attention` picks one;
-its argument or the environment variable INFER_PATCH_KERNELS overrides the choice.
+Faces: `reference` (fp32, masks a dense product), `cpu` (fast torch, any device), `triton` (GPU kernels).
+`block_sparse_attention` picks one (see `dispatch`); its argument or INFER_PATCH_KERNELS overrides the choice.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infer_patch.kernels.block_mask import BlockMask
+from infer_patch.kernels.dispatch import choose
 
 _ROWS_PER_CALL = 16  # query blocks a call: gathered keys and values stay inside the L2 cache
 _DEBUG = os.environ.get("INFER_PATCH_DEBUG") == "1"
@@ -37,12 +38,15 @@ def block_sparse_attention(
         Lists for ceil(S / block_q) - (S - T) // block_q query blocks.
     scale : float, optional
         Factor on q . k; default 1 / sqrt(D).
-    implementation : {"reference", "cpu"}, optional
+    implementation : {"reference", "cpu", "triton"}, optional
         Override of the automatic choice.
+
+    Raises
+    ------
+    ValueError
+        If `implementation` is unknown, or is "triton" and cannot run here.
     """
-    name = implementation or os.environ.get("INFER_PATCH_KERNELS") or "cpu"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown kernel implementation {name!r}; choose from {', '.join(IMPLEMENTATIONS)}")
+    name = choose(implementation, IMPLEMENTATIONS, q, k, v)
     if _DEBUG:
         mask.check(q.shape[2], k.shape[2])
     return IMPLEMENTATIONS[name](q, k, v, mask, scale if scale is not None else q.shape[-1] ** -0.5)
@@ -151,6 +155,16 @@ def _causal_bias(group: int, block_q: int, block_k: int, listed: int, on_diagona
     return bias.repeat(group, 1)
 
 
+def triton(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """The GPU kernels: one tile for all heads and queries of a key head where these are few, else one a query block."""
+    from infer_patch.kernels import block_sparse_decode_triton, block_sparse_prefill_triton
+
+    size = max(q.shape[3], v.shape[3])
+    if block_sparse_decode_triton.serves(q.shape[1], k.shape[1], mask.idx.shape[1], q.shape[2], size, q.dtype):
+        return block_sparse_decode_triton.decode(q, k, v, mask, scale)[0]
+    return block_sparse_prefill_triton.prefill(q, k, v, mask, scale)[0]
+
+
 class _Blocks:
     """Keys or values [B, H, S, D] as a list of blocks that can start at any row, without a copy where possible."""
 
@@ -179,4 +193,5 @@ class _Blocks:
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, BlockMask, float], Tensor]] = {
     "reference": reference,
     "cpu": cpu,
+    "triton": triton,
 }

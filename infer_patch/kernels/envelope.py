@@ -13,21 +13,27 @@ head, gives any score block in it. (A sum over rows would let many lukewarm rows
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from infer_patch.kernels.block_mask import BlockMask
+from infer_patch.kernels.dispatch import choose
 
 Envelope = tuple[Tensor, Tensor | None]
 
 _SCORES_PER_CALL = {"cpu": 1 << 16, "cuda": 1 << 26}  # few enough for the L2 cache; enough to fill a GPU
 
 
-def block_envelope(k: Tensor, block: int) -> Envelope:
+def block_envelope(k: Tensor, block: int, implementation: str | None = None) -> Envelope:
     """(centre, half-width) of all blocks: k [B, H_kv, S, D] -> two of [B, H_kv, ceil(S / block), D]; or (k, None)."""
     if block == 1:
         return k, None
+    if choose(implementation, IMPLEMENTATIONS, k) == "triton":
+        from infer_patch.kernels import envelope_triton
+
+        return envelope_triton.envelope(k, block)
     full = k.shape[2] // block
     blocks = k[:, :, : full * block].unflatten(2, (full, block))
     low, high = blocks.amin(3), blocks.amax(3)
@@ -56,7 +62,8 @@ def score_blocks(q: Tensor, envelope: Envelope, visible: Tensor, per: int, scale
     wide = tuple(x if x is None else x.float()[:, :, None] for x in envelope)
     scores = envelope_scores(q.float(), wide, slack) * scale  # type: ignore[arg-type]
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    return scores.log_softmax(-1).nan_to_num(float("-inf")).unflatten(-1, (-1, per)).amax((-3, -1))
+    scores = scores.log_softmax(-1).nan_to_num(float("-inf"), neginf=float("-inf"))
+    return scores.unflatten(-1, (-1, per)).amax((-3, -1))
 
 
 def select_blocks(
@@ -72,6 +79,7 @@ def select_blocks(
     slack: float = 0.1,
     stride: int = 4,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> BlockMask:
     """The `budget` tokens' worth of key blocks that each query block reads, one list per key head.
 
@@ -85,6 +93,8 @@ def select_blocks(
         Share of the half-width that counts, 0 to 1.
     stride : int
         Every stride-th row of a query block is scored, its last row always.
+    implementation : {"reference", "cpu", "triton"}, optional
+        Override of the automatic choice of what computes the scores.
 
     Returns
     -------
@@ -95,7 +105,7 @@ def select_blocks(
     first, last = (keys - queries) // block, -(-keys // block)
     scale = size**-0.5 if scale is None else scale
     with torch.no_grad():
-        score = _scores(q, envelope, keys, block, block // score_block, stride, slack, scale)
+        score = score_key_blocks(q, envelope, keys, block, block // score_block, stride, slack, scale, implementation)
     row = torch.arange(first, last, device=q.device)[:, None]
     column = torch.arange(last, device=q.device)
     always = (column < -(-sinks // block)) | (column >= ((row * block - window + 1) // block).clamp(min=0))
@@ -107,10 +117,61 @@ def select_blocks(
     return BlockMask(best, count, block, block)
 
 
-def _scores(
+def score_key_blocks(
+    q: Tensor,
+    envelope: Envelope,
+    keys: int,
+    block: int,
+    per: int,
+    stride: int,
+    slack: float,
+    scale: float,
+    implementation: str | None = None,
+) -> Tensor:
+    """log of the largest probability any sampled row gives any of the `per` score blocks: [B, H_kv, n_q, n_k], fp32.
+
+    q [B, H, T, D]; -inf where a key block does not lie before the query block. The arguments are those of
+    `select_blocks`, with `per` = block / score_block.
+    """
+    centre, half_width = envelope
+    tensors = (q, centre) if half_width is None else (q, centre, half_width)
+    refusal = None
+    if per & (per - 1) or per > 64:
+        refusal = f"{per} score blocks to a key block; need a power of two, at most 64"
+    name = choose(implementation, IMPLEMENTATIONS, *tensors, refusal=refusal)
+    return IMPLEMENTATIONS[name](q, envelope, keys, block, per, stride, slack, scale)
+
+
+def reference(
     q: Tensor, envelope: Envelope, keys: int, block: int, per: int, stride: int, slack: float, scale: float
 ) -> Tensor:
-    """log of the largest probability any sampled row gives any of the `per` score blocks: [B, H_kv, n_q, n_k], fp32."""
+    """`score_blocks` on one query block after the other."""
+    queries, kv_heads = q.shape[2], envelope[0].shape[1]
+    past = keys - queries
+    first, last = past // block, -(-keys // block)
+    score = torch.full((q.shape[0], kv_heads, last - first, last), float("-inf"), device=q.device)
+    for i in range(max(first, 1), last):
+        rows = q[:, :, max(i * block, past) - past : min((i + 1) * block, keys) - past].flip(2)[:, :, ::stride]
+        rows = rows.unflatten(1, (kv_heads, -1)).flatten(2, 3)[:, :, None]
+        before = tuple(x if x is None else x[:, :, : i * per] for x in envelope)
+        everything = torch.ones(1, i * per, dtype=torch.bool, device=q.device)
+        score[:, :, i - first, :i] = score_blocks(rows, before, everything, per, scale, slack)[:, :, 0]  # type: ignore[arg-type]
+    return score
+
+
+def triton(
+    q: Tensor, envelope: Envelope, keys: int, block: int, per: int, stride: int, slack: float, scale: float
+) -> Tensor:
+    """Two passes of GPU kernels over the envelopes: log-sum-exp of each row, then the largest score of each block."""
+    from infer_patch.kernels import envelope_triton
+
+    return envelope_triton.scores(q, envelope, keys, block, per, stride, slack, scale)
+
+
+def cpu(
+    q: Tensor, envelope: Envelope, keys: int, block: int, per: int, stride: int, slack: float, scale: float
+) -> Tensor:
+    """Fast torch path, any device: stacks of query blocks against all key blocks before them."""
     batch, heads, queries, _ = q.shape
     kv_heads, past = envelope[0].shape[1], keys - queries
     first, last = past // block, -(-keys // block)
@@ -137,7 +198,9 @@ def _scores(
         best = scores.amax(-1)
         top = best.amax(-1, keepdim=True).clamp(min=torch.finfo(best.dtype).min)
         total = scores.flatten(-2).sub_(top).exp_().sum(-1, keepdim=True).log_().add_(top)
-        score[:, i - first : j - first, :before] = (best - total).nan_to_num_(nan=float("-inf")).amax(2)
+        score[:, i - first : j - first, :before] = (
+            (best - total).nan_to_num_(nan=float("-inf"), neginf=float("-inf")).amax(2)
+        )
     return score.unflatten(0, (batch, kv_heads))
 
 
@@ -186,3 +249,10 @@ def _spans(
         spans.append((i, j))
         i = j
     return spans + ([(tail, last)] if tail < last else [])
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Envelope, int, int, int, int, float, float], Tensor]] = {
+    "reference": reference,
+    "cpu": cpu,
+    "triton": triton,
+}
