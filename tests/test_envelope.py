@@ -1,12 +1,16 @@
 """Envelope selection: the bound, the budget, needles, and what prefill and decode agree on."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infer_patch.errors import PlanError
 from infer_patch.kernels.block_sparse_attention import token_mask
 from infer_patch.kernels.envelope import block_envelope, envelope_scores, score_blocks, select_blocks
+from infer_patch.patches import Envelope
 
 OPTIONS = dict(budget=256, sinks=4, window=64)
 
@@ -115,3 +119,53 @@ def test_one_row_outvotes_many_lukewarm_ones():
     k[0, 0, 300:600, 1], q[0, :, :-1, 1] = 6.0, 2.0  # all others prefer blocks 4 to 9
     mask = select_blocks(q, k, block_envelope(k, 1), budget=192, sinks=0, window=1)
     assert 3 in mask.idx[0, 0, -1].tolist()
+
+
+def _decoding(refresh, steps=40, keys=300, **options):
+    """The lists of successive one-token calls that share their state, and the number of keys of each."""
+    generator = torch.Generator().manual_seed(3)
+    k = torch.randn(1, 2, keys + steps, 16, generator=generator)
+    q = torch.randn(1, 4, steps, 16, generator=generator)
+    config = Envelope(budget=192, dense_below=0, refresh=refresh, **options)
+    runtime, state, found = config.runtime(None, (0,)), {}, []
+    for step in range(steps):
+        now = keys + step + 1
+        call = SimpleNamespace(q=q[:, :, step : step + 1], k=k[:, :, :now], scale=0.25, state=state)
+        mask = runtime.select(0, call)
+        mask.check(1, now)
+        found.append((mask, now))
+    return found
+
+
+def test_between_refreshes_the_choice_stays_and_the_own_block_is_read():
+    fresh, kept = _decoding(1), _decoding(8)
+    for step, ((new, keys), (held, _)) in enumerate(zip(fresh, kept)):
+        own = (keys - 1) // 64
+        assert int(held.idx[0, 0, 0, -1]) == own
+        if step % 8 == 0:
+            assert torch.equal(held.idx, new.idx)
+        else:
+            start, at = kept[step - step % 8]
+            assert torch.equal(held.idx[..., :3], start.idx)
+            assert held.idx.shape[-1] == 3 + (own > (at - 1) // 64)
+    assert any(mask.idx.shape[-1] == 4 for mask, _ in kept)  # a block began between two refreshes
+    assert any(not torch.equal(a.idx, b.idx[..., :3]) for (a, _), (b, _) in zip(fresh, kept))
+
+
+def test_the_choice_is_made_anew_when_keys_move():
+    """The cache empties the state when rows move; keys may also be fewer than at the last choice."""
+    config = Envelope(budget=192, dense_below=0)
+    runtime = config.runtime(None, (0,))
+    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 400, 16)
+    state = {}
+    runtime.select(0, SimpleNamespace(q=q, k=k, scale=0.25, state=state))
+    shorter = k[:, :, :300]
+    again = runtime.select(0, SimpleNamespace(q=q, k=shorter, scale=0.25, state=state))
+    fresh = runtime.select(0, SimpleNamespace(q=q, k=shorter, scale=0.25, state={}))
+    assert torch.equal(again.idx, fresh.idx)
+
+
+@pytest.mark.parametrize("refresh", [0, 65])
+def test_refresh_is_bounded_by_a_block(refresh):
+    with pytest.raises(PlanError, match="refresh must be 1 to 64"):
+        Envelope(refresh=refresh)

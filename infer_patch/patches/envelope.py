@@ -35,7 +35,9 @@ class Envelope(Method):
         is read in any case, so the default window leaves the rest of the budget to the ranking.
     score_block, decode_score_block : int
         Keys under one envelope in prefill and in decode: 1 (every key scored itself), 4, 8, 16, 32 or 64. Smaller finds
-        better, larger scores faster. Errors of prefill stay in the cache, so it is worth more precision than decode.
+        better, larger scores faster.
+    refresh : int
+        In decode, choose anew every that many tokens; between, new tokens are read and the chosen blocks stay.
     slack : float
         Share of the envelope's half-width that counts: 1 is the upper bound (an isolated peak always outranks blocks
         without one), 0 the block's centre. Rotary embedding makes the bound loose; see the measurements in the docs.
@@ -56,7 +58,8 @@ class Envelope(Method):
     sinks: int = option(4, "first tokens always read, rounded up to 64")
     window: int = option(1, "recent tokens always read; the block of the query is read in any case")
     score_block: int = option(1, "keys under one envelope in prefill: 1 (exact), 4, 8, 16, 32 or 64")
-    decode_score_block: int = option(4, "the same in decode")
+    decode_score_block: int = option(1, "the same in decode")
+    refresh: int = option(1, "in decode, choose anew every so many tokens")
     slack: float = option(0.1, "share of the envelope's half-width that counts: 1 is the upper bound")
     stride: int = option(4, "in prefill, score every stride-th query")
     dense_below: int = option(2048, "run dense up to this many keys")
@@ -80,6 +83,7 @@ class Envelope(Method):
             self.require(keys in SCORE_BLOCKS, f"{name} must be one of {', '.join(map(str, SCORE_BLOCKS))}, got {keys}")
         self.require(0 <= self.slack <= 1, f"slack must be between 0 and 1, got {self.slack}")
         self.require(1 <= self.stride <= BLOCK, f"stride must be 1 to {BLOCK}, got {self.stride}")
+        self.require(1 <= self.refresh <= BLOCK, f"refresh must be 1 to {BLOCK} tokens, got {self.refresh}")
         self.require(self.dense_below >= 0, f"dense_below must be 0 or more tokens, got {self.dense_below}")
         self.require(0 < self.max_share <= 1, f"max_share must be above 0 and at most 1, got {self.max_share}")
 
@@ -101,7 +105,24 @@ class _Envelope(Runtime):
             return f"at most {config.dense_below} keys"
         if queries > BLOCK and kept_share(config.budget, queries, keys) > config.max_share:
             return f"more than {config.max_share:.0%} of the key blocks would be read"
-        score_block = config.score_block if queries > 1 else config.decode_score_block
+        return self._decode(call) if queries == 1 else self._choose(call, config.score_block)
+
+    def _decode(self, call: Any) -> BlockMask:
+        """The blocks chosen at most `refresh` tokens ago and, if a new one has begun since, the query's own."""
+        keys = call.k.shape[2]
+        idx, count, chosen_at = call.state.get("chosen", (None, None, 0))
+        if idx is None or not 0 < keys - chosen_at < self.config.refresh:
+            mask = self._choose(call, self.config.decode_score_block)
+            call.state["chosen"] = mask.idx, mask.count, keys
+            return mask
+        own = (keys - 1) // BLOCK
+        if own > (chosen_at - 1) // BLOCK:
+            # the budget is less than all keys, so every list is full and its end is its last entry
+            idx, count = torch.cat([idx, torch.full_like(idx[..., :1], own)], -1), count + 1
+        return BlockMask(idx, count, BLOCK, BLOCK)
+
+    def _choose(self, call: Any, score_block: int) -> BlockMask:
+        config = self.config
         return select_blocks(
             call.q,
             call.k,
