@@ -18,6 +18,8 @@ from infer_patch.stats import Stats
 if TYPE_CHECKING:
     from infer_patch.engine import Engine
 
+DROPOUT = "attention dropout is on (training mode); call model.eval() first."
+
 
 def attend(
     engine: Engine,
@@ -43,10 +45,18 @@ def attend(
             for call in inputs.calls():
                 runtime.observe(layer, call)
     output = weights = None
-    if layer in engine.selectors:
+    held = run.held(layer)
+    if held is not None and held.attends:
+        if kwargs.get("dropout"):
+            raise UnsupportedCallError(DROPOUT)
+        output = held.attention(inputs, mask)
+        if held.counted is not None and layer in engine.stores:
+            name = engine.stores[layer].config.name
+            engine.stats.selected(name, layer, *held.counted, decode=q.shape[2] == 1)
+    elif layer in engine.selectors:
         output = _sparse(engine.selectors[layer], inputs, mask, kwargs, engine.stats)
     if output is None:
-        output, weights = port.dense(module, q, k, v, _dense_mask(inputs, mask), **kwargs)
+        output, weights = port.dense(module, q, inputs.k, inputs.v, _dense_mask(inputs, mask), **kwargs)
     for runtime in engine.calibrators.get(layer, ()):
         output = _calibrated(runtime, inputs, output, engine.stats)
     return output, weights
@@ -69,7 +79,7 @@ def _dense_mask(inputs: LayerInputs, mask: Any) -> Any:
 def _sparse(runtime: Runtime, inputs: LayerInputs, mask: Any, kwargs: dict[str, Any], stats: Stats) -> Tensor | None:
     """Block-sparse attention [B, T, H, D], or None to run dense."""
     if kwargs.get("dropout"):
-        raise UnsupportedCallError("attention dropout is on (training mode); call model.eval() first.")
+        raise UnsupportedCallError(DROPOUT)
     reason = None
     if isinstance(mask, LazyMask) and not mask.is_plain_causal:
         reason = "the model's own mask is not plain causal"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from infer_patch.availability import crop_is_relative
 from infer_patch.errors import UnsupportedCallError
 from infer_patch.tokens import INVALID, Reduction, Tokens
+
+if TYPE_CHECKING:
+    from infer_patch.run import LayerInputs
 
 _GRANULE = 64  # buffers grow in multiples of one attention block, so that blocks can be read as a view
 
@@ -54,6 +57,8 @@ class IndexedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    attends = False  # whether `attention` is asked for the queries that came with the last `update`
+    counted: tuple[Any, int] | None = None  # key blocks that the last `attention` read, of those a dense one would read
     keys: Tensor  # views of the rows in use; empty (no rows) before the first update
     values: Tensor
 
@@ -70,6 +75,7 @@ class IndexedLayer(CacheLayerMixin):
         self.rows = 0  # physical
         self.start: tuple[int, ...] | None = None
         self.state: dict[Any, Any] = {}  # what a method remembers about these keys; dropped when rows move
+        self.notes: dict[Any, Any] = {}  # what it remembers about the text; kept until the layer is emptied
         self.view = KeyView(0)
         self._tokens: Tokens | None = None
         self._reduction: Reduction | None = None
@@ -162,6 +168,15 @@ class IndexedLayer(CacheLayerMixin):
         self.start, self.rows, self.state, self._buffers = reduction.start, reduction.rows, {}, []
         self.keys, self.values = held
 
+    def attention(self, inputs: LayerInputs, mask: Any) -> Tensor | None:
+        """Attention of the new queries to what this layer keeps, for layers that set `attends`: [B, T, H, D].
+
+        Such a layer may keep keys and values in any form. Its `update` may hand on whatever `inputs.k` and `inputs.v`
+        should be (the new rows alone, say), as long as `view` describes that; `mask` is the mask the model asked for.
+        None asks for the model's own attention over `inputs`, in which k, v and view may have been replaced.
+        """
+        raise TypeError(f"{type(self).__name__} leaves attention to the engine")
+
     # What transformers needs
 
     def get_seq_length(self) -> int:
@@ -199,6 +214,10 @@ class IndexedLayer(CacheLayerMixin):
             self.reset()
             return
         self._check_crop(remove)
+        self._remove(remove)
+
+    def _remove(self, remove: int) -> None:
+        """Forget the newest tokens, fewer than there are."""
         self.rows -= remove
         self.length -= remove
         if self._positions is not None:
@@ -256,6 +275,14 @@ class IndexedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of the rows held and of what methods keep beside them (not of the space allocated ahead)."""
         return sum(t.numel() * t.element_size() for t in _tensors([self.keys, self.values, self.state]))
+
+    def bytes_by_precision(self) -> dict[str, int]:
+        """`nbytes` by the name of the dtype or the width ("bfloat16", "4 bits")."""
+        return {str(self.dtype).removeprefix("torch."): self.nbytes()} if self.is_initialized else {}
+
+    def unquantised_bytes(self) -> int:
+        """What the same tokens would take in the model's own precision."""
+        return self.nbytes()
 
     @classmethod
     def can_adopt(cls, layer: Any) -> bool:

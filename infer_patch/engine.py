@@ -183,6 +183,10 @@ class Engine:
             if (held := run.held(i)) is None:
                 continue
             self.stats.methods[runtime.config.name].stored[i] = (held.rows, held.length)
+            self.stats.methods[runtime.config.name].stored_bytes[i] = (
+                held.bytes_by_precision(),
+                held.unquantised_bytes(),
+            )
 
     def _images(self, inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
         ids = inputs.get("input_ids")

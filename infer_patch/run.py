@@ -23,7 +23,8 @@ class AttentionCall:
 
     q [b, H, T, D], k and v [b, H_kv, S, D]; the last T keys belong to the queries, and a query sees the keys up to
     its own. `samples` are their rows in the batch. `state` is kept with the keys: it is empty whenever keys were
-    reordered, dropped or are new. `positions` [b, S] are logical indices.
+    reordered, dropped or are new; `notes` last as long as the cache, for all its samples. `positions` [b, S] are
+    logical indices.
     """
 
     q: Tensor
@@ -35,6 +36,7 @@ class AttentionCall:
     positions: Tensor
     evicted: int = 0
     state: dict[Any, Any] = field(default_factory=dict)
+    notes: dict[Any, Any] = field(default_factory=dict)
     query_rows: slice = field(default_factory=lambda: slice(None))
 
     @property
@@ -122,6 +124,7 @@ class LayerInputs:
                 positions=self._positions(here, start, stop, len(samples)),
                 evicted=gone,
                 state={} if held is None else held.state.setdefault((start, *samples), {}),
+                notes={} if held is None else held.notes,
                 query_rows=rows,
             )
 

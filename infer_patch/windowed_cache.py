@@ -32,29 +32,23 @@ class WindowedLayer(IndexedLayer):
     def reset(self) -> None:
         super().reset()
         self.evicted: tuple[int, ...] = ()
-        self._recording = False
+        self.record_past = False  # transformers sets it back under this name
 
     def activate_past_recording(self) -> None:
         """Hold back eviction (transformers calls this before decoding that may roll back)."""
-        self._recording = True
+        self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         tokens = self._tokens
+        check_padding(tokens)
         keys, values = super().update(key_states, value_states)
         batch = keys.shape[0]
         if self._positions is None:
-            self.start = self._first_rows(batch, tokens)
+            self.start = first_rows(batch, tokens)
         self.evicted = self.evicted or (0,) * batch
         self.view.start, self.view.evicted = self.start, self.evicted
         self._evict()
         return keys, values
-
-    def _first_rows(self, batch: int, tokens: Tokens | None) -> tuple[int, ...]:
-        if tokens is None or tokens.bounds is None:
-            return (0,) * batch
-        if tokens.has_holes or any(stop != self.length for _, stop in tokens.bounds):
-            raise UnsupportedCallError("eviction needs prompts padded on the left; this batch is padded elsewhere.")
-        return tuple(first for first, _ in tokens.bounds)
 
     def _evict(self) -> None:
         """Drop the blocks that no later query can see, once there are enough of them to be worth a copy."""
@@ -64,7 +58,7 @@ class WindowedLayer(IndexedLayer):
             oldest = (seen // self.block * self.block - self.window + 1) // self.block - self.margin
             surplus.append(max(0, oldest * self.block - self.sinks - evicted))
         still_padding = any(start == self.rows for start in starts)
-        if self._recording or still_padding or max(surplus) < max(self.block, self.window // 4):
+        if self.record_past or still_padding or max(surplus) < max(self.block, self.window // 4):
             return
         row = torch.arange(self.rows, device=self.device)
         first = torch.tensor(starts, device=self.device)[:, None]
@@ -76,3 +70,18 @@ class WindowedLayer(IndexedLayer):
     def _take_host(self, index: list[int]) -> None:
         super()._take_host(index)
         self.evicted = tuple(self.evicted[i] for i in index)
+
+
+def check_padding(tokens: Tokens | None) -> None:
+    """Raise `UnsupportedCallError` unless each sample of the call is padded on the left alone."""
+    if tokens is None or tokens.bounds is None:
+        return
+    if tokens.has_holes or any(stop != tokens.past + tokens.length for _, stop in tokens.bounds):
+        raise UnsupportedCallError("eviction needs prompts padded on the left; this batch is padded elsewhere.")
+
+
+def first_rows(batch: int, tokens: Tokens | None) -> tuple[int, ...]:
+    """The first real token of each sample."""
+    if tokens is None or tokens.bounds is None:
+        return (0,) * batch
+    return tuple(first for first, _ in tokens.bounds)

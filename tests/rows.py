@@ -1,11 +1,22 @@
 """The method axis of the test matrix: one row per method configuration. A new method adds its rows here."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from miniatures import MINIATURES, Miniature, text_inputs, vision_inputs
 
 from infer_patch import Method
-from infer_patch.patches import Envelope, FastV, RandomPruning, SinkWindow
+from infer_patch.patches import Envelope, FastV, HiP, MoA, RandomPruning, SinkWindow, VerticalSlash
+
+# spans of 128 tokens, 0.75 N - 64, 0.75 N and N, mixed over the query heads of the miniatures; and N throughout
+SPANS, DENSE_SPANS = (str(Path(__file__).parent / "data" / f"moa-plan{x}.json") for x in ("", "-dense"))
+
+# searches that find little of what the window leaves: two or three blocks
+SMALL = dict(sinks=0, dense_layers=0, dense_below=0, max_share=1.0)
+TREE = HiP(budget=16, tree_block=16, window=68, refresh=4, **SMALL)
+STAGES = HiP(
+    variant="stages", chunks=(32, 8), keep=(64, 16), stage_strides=(2, 1), stage_refresh=(1, 1), window=65, **SMALL
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,27 @@ ROWS = [
     # which keys a block of queries reads depends on all its queries, so other splits give other (equally good) choices
     Row("envelope", (Envelope(budget=192, window=64, dense_below=0),), chunkable=False, draftable=False),
     Row("envelope-all", (Envelope(budget=4096, dense_below=0),), neutral=True, fires=False),
+    # the last 64 queries of a call choose for all of it
+    Row(
+        "vertical_slash",
+        (VerticalSlash(columns=5, first=4, diagonals=9, nearest=8, dense_below=0),),
+        chunkable=False,
+        draftable=False,
+    ),
+    Row("vertical_slash-all", (VerticalSlash(columns=4096),), neutral=True, fires=False),
+    Row("moa", (MoA(plan_file=SPANS, length=320, dense_below=0),)),
+    Row("moa-evict", (MoA(plan_file=SPANS, length=320, evict=True),)),
+    # N is set by the tokens that fill the cache: by the first chunk of a prompt, and by the first turn
+    Row("moa-elastic", (MoA(plan_file=SPANS, new_tokens=16, dense_below=0),), chunkable=False),
+    Row("moa-elastic-evict", (MoA(plan_file=SPANS, new_tokens=16, evict=True),), chunkable=False),
+    Row("moa-all", (MoA(plan_file=DENSE_SPANS, evict=True),), neutral=True, fires=False),
+    Row("hip", (TREE,), chunkable=False, draftable=False),
+    Row("hip-stages", (STAGES,), chunkable=False, draftable=False),
+    Row("hip-all", (HiP(budget=4096, dense_layers=0, dense_below=0),), neutral=True, fires=False),
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
+    Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),
     Row("fastv+sink_window", (FastV(layer=1), SinkWindow(window=64, evict=True)), vision=True),
 ]
 
@@ -45,15 +74,16 @@ def serves(row: Row, mini: Miniature) -> bool:
     if row.vision and mini.kind != "vision":
         return False
     selects = any("select" in m.ports for m in row.methods)
+    attends = selects or any("store" in m.ports for m in row.methods)
     # where pictures or prompts see both ways, selection runs dense and says so: test_refusals
-    return not (selects and (mini.softcap or mini.sliding == "all" or mini.bidirectional != "none"))
+    return not ((attends and (mini.softcap or mini.sliding == "all")) or (selects and mini.bidirectional != "none"))
 
 
 def inputs_for(row: Row, mini: Miniature, only: int | None = None) -> dict:
     """A left-padded batch that is long enough for the row's methods to act; `only` takes one sample alone."""
     if mini.kind == "text":
         return text_inputs(mini, lengths=(300, 210, 260), seed=1, only=only)
-    long = any("select" in m.ports for m in row.methods)
+    long = any({"select", "store"} & set(m.ports) for m in row.methods)
     text = [(150, 80), (120, 90), (200, 60)] if long else [(5, 9), (3, 12), (7, 4)]
     return vision_inputs(mini, images=(1, 2, 0), text=text, seed=1, only=only)
 

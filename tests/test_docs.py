@@ -39,7 +39,7 @@ def share(report):
 @pytest.mark.parametrize("name", infer_patch.methods())
 def test_every_method_has_a_page_with_all_its_options(name):
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, re.MULTILINE))
     fields = {f.name: f for f in dataclasses.fields(infer_patch.methods()[name])}
     assert set(rows) == set(fields)
     for option, default in rows.items():

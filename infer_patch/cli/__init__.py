@@ -10,6 +10,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from infer_patch.cli.bench import bench
+from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.calibrate import moa as _moa  # noqa: F401  (adds its command to `calibrate`)
+from infer_patch.cli.chat import chat
 from infer_patch.cli.compare import compare
 from infer_patch.cli.demo import demo
 from infer_patch.cli.doctor import doctor
@@ -58,11 +61,13 @@ def _options(
 
 app.command("demo")(demo)
 app.command("compare")(compare)
+app.command("chat")(chat)
 app.command("list")(show)
 app.command("doctor")(doctor)
 app.command("report")(report)
 app.add_typer(evaluations, name="eval")
 app.add_typer(bench, name="bench")
+app.add_typer(calibrations, name="calibrate")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import statistics
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from infer_patch.evals.schema import Cost, Interval
 SAME_LENGTH = 1.1  # prompts whose lengths differ by no more than this factor are summed up together
 MANY = 10  # measurements from which on percentiles are steady enough to compare
 _SAMPLE_EVERY_S = 0.01
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _return_free_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def rotated(names: Sequence[str], turn: int) -> list[str]:
+def rotated(names: Sequence[T], turn: int) -> list[T]:
     """The same names, starting with another one each turn."""
     turn %= len(names)
     return [*names[turn:], *names[:turn]]

@@ -1,31 +1,19 @@
-"""`infer-patch bench`: time, measured. Speed is never a test; results live in `benchmarks/`."""
+"""`infer-patch bench overhead`: what a plan costs in time against the unpatched model."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from infer_patch.cli.bench.common import check_writable, numbers, repeat_command, save
 from infer_patch.cli.compare import progress_bar, quiet
 
-if TYPE_CHECKING:
-    from infer_patch.evals.overhead import Settings
 
-bench = typer.Typer(help="Measure time on this machine.", no_args_is_help=True)
-
-
-@bench.callback()
-def _bench() -> None:
-    pass
-
-
-@bench.command("overhead")
 def overhead(
     model: Annotated[str, typer.Option(help="demo, tiny (random weights), a hub id or a folder.")] = "demo",
     plan: Annotated[str, typer.Option(help="A preset or a .yaml file.")] = "identity",
@@ -42,11 +30,8 @@ def overhead(
 
     The goal for the identity plan (the engine in place, no method) is at most 2 %, in prefill and in decode.
     """
-    try:
-        sizes = tuple(int(part) for part in lengths.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(f"numbers with commas between, like 512,2048; got {lengths!r}") from error
-    _check_writable(out)
+    sizes = numbers(lengths, "512,2048")
+    check_writable(out)
     console = Console(stderr=True)
     with console.status("Loading PyTorch and transformers") as status:
         import torch
@@ -71,7 +56,18 @@ def overhead(
         "benchmark": "overhead",
         "schema": 1,
         "started": started,
-        "command": _command(model, plan, settings, device=device, dtype=dtype, threads=threads),
+        "command": repeat_command(
+            "overhead",
+            model=model,
+            plan=plan,
+            lengths=lengths,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            clock=clock,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+        ),
         "model": model_facts(loaded, model),
         "plan": chosen.to_dict(),
         "settings": dataclasses.asdict(settings),
@@ -80,33 +76,7 @@ def overhead(
         "machine": machine(),
     }
     _print(document, Console())
-    if out == "-":
-        typer.echo(json.dumps(document))
-    elif out is not None:
-        Path(out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _check_writable(out: str | None) -> None:
-    """Before minutes are spent on a result that cannot be kept."""
-    from infer_patch.errors import PatchError
-
-    if out not in (None, "-") and not Path(out).absolute().parent.is_dir():
-        raise PatchError(f"cannot write {out}: its folder does not exist.")
-
-
-def _command(model: str, plan: str, settings: Settings, **options: Any) -> str:
-    """The command that repeats the run, without this machine's folders."""
-    model, plan = (Path(x).name if Path(x).exists() else x for x in (model, plan))
-    given = {
-        "model": model,
-        "plan": plan,
-        "lengths": ",".join(map(str, settings.lengths)),
-        "new-tokens": settings.new_tokens,
-        "rounds": settings.rounds,
-        "clock": settings.clock,
-        **{name: value for name, value in options.items() if value is not None},
-    }
-    return " ".join(["infer-patch bench overhead", *(f"--{name} {value}" for name, value in given.items())])
+    save(document, out)
 
 
 def _print(document: dict[str, Any], console: Console) -> None:

@@ -1,0 +1,109 @@
+"""`infer-patch calibrate moa`: spans for every head of one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.compare import progress_bar, quiet
+
+
+@calibrations.command("moa")
+def moa(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    out: Annotated[Path, typer.Option(help="Plan file to write; MoA(plan_file=...) reads it.")],
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for what is measured; the same one again goes on. [OUT without .json]")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the profiled prompts; the paper took 2048,4096,8192.")] = (
+        "512,1024,2048"
+    ),
+    items: Annotated[int, typer.Option(help="Prompts of each length; the paper took 50.")] = 6,
+    density: Annotated[float, typer.Option(help="Share of all keys that heads may hold on average.")] = 0.5,
+    text: Annotated[Path | None, typer.Option(help="Folder of .txt files for the prompts; else generated.")] = None,
+    answer_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 32,
+    max_rules: Annotated[int, typer.Option(help="Distinct rules in a layer: 1, 2, or 0 for any number.")] = 2,
+    reduce: Annotated[str, typer.Option(help="Influence of query heads that share a key head: sum or max.")] = "sum",
+    intervals: Annotated[int, typer.Option(help="Steps of the trade between lengths.")] = 4,
+    validation_length: Annotated[
+        int | None, typer.Option(help="Tokens where plans are compared. [1.5 x the longest]")
+    ] = None,
+    validation_items: Annotated[int, typer.Option(help="Prompts there.")] = 4,
+    validation_plans: Annotated[int, typer.Option(help="Plans compared at most.")] = 6,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Draws the prompts.")] = 0,
+) -> None:
+    """Find how far each head must look: a plan of elastic spans at a density, measured on the model's own answers.
+
+    Prompts are profiled one by one and kept, so an interrupted run goes on where it stopped.
+    """
+    from infer_patch.errors import PatchError
+
+    console = Console(stderr=True)
+    folder = work or out.with_suffix("")
+    if out.suffix != ".json" or not out.absolute().parent.is_dir():
+        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
+    if work is None and folder.exists() and not folder.is_dir():
+        raise PatchError(f"{folder} is a file; name a folder for what is measured with --work.")
+    try:
+        sizes = tuple(int(part) for part in lengths.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"numbers with commas between, like 512,1024; got {lengths!r}") from error
+    with console.status("Loading PyTorch and transformers") as status:
+        from infer_patch.calibration.moa import calibrate
+        from infer_patch.calibration.moa_settings import Settings
+        from infer_patch.evals.loading import load
+
+        settings = Settings(
+            lengths=sizes,
+            items=items,
+            answer_tokens=answer_tokens,
+            density=density,
+            max_rules=max_rules or None,
+            reduce=reduce,  # type: ignore[arg-type]
+            intervals=intervals,
+            validation_length=validation_length,
+            validation_items=validation_items,
+            validation_plans=validation_plans,
+            text_folder=text,
+            seed=seed,
+        )
+        with quiet():
+            loaded, processor = load(model, device, dtype, status.update)
+    with progress_bar(console) as on_progress, quiet():
+        document = calibrate(loaded, processor, settings, folder, model, on_progress)
+    out.write_text(dumps(document), encoding="utf-8")
+    _show(document, Console())
+    typer.echo(f"\nPlan    {out}\nMeasured    {folder}\n\nmethods:\n  - method: moa\n    plan_file: {out}")
+
+
+def dumps(document: dict[str, Any]) -> str:
+    """JSON with a line for each layer."""
+    rows = {name: ",\n  ".join(json.dumps(row) for row in document[name]) for name in ("alphas", "betas")}
+    text = json.dumps({name: f"@{name}" if name in rows else value for name, value in document.items()}, indent=1)
+    for name, lines in rows.items():
+        text = text.replace(f'"@{name}"', f"[\n  {lines}\n ]")
+    return text + "\n"
+
+
+def _show(document: dict[str, Any], console: Console) -> None:
+    validation = document["validation"]
+    table = Table("at", "density", "expected loss", title="Plan", title_justify="left")
+    for length, density in document["densities"].items():
+        loss = document["expected_loss"].get(length)
+        table.add_row(f"{int(length):,}", f"{density:.3f}", "" if loss is None else f"{loss:.4g}")
+    console.print(table)
+    console.print(
+        f"Loss of the answers at {validation['length']:,} tokens, not profiled: {validation['loss']:.4f}; unpatched "
+        f"{validation['unpatched']:.4f}; one window for all heads, of the same density, "
+        f"{validation['one_window_for_all']:.4f}. Best of {len(validation['plans_compared'])} plans compared, of "
+        f"{validation['plans_found']} found.",
+        highlight=False,
+    )
