@@ -104,7 +104,7 @@ def _decode(heads: int, kv_heads: int, queries: int, size: int, dtype: torch.dty
 def _merge(size: int) -> Case:
     from infer_patch.kernels.block_sparse_decode_triton import OPTIONS, merge_kernel
 
-    constants = {"HEADS": 32, "SPLITS": 32, "PAD_SPLITS": 32, "SIZE_V": size, "PAD_V": size, "LSE": False}
+    constants = {"HEADS": 32, "SIZE_V": size, "PAD_V": size, "LSE": False}
     return Case(merge_kernel, "32 splits", size, torch.bfloat16, constants, {"num_warps": 4, **OPTIONS}, matrix=False)
 
 
@@ -119,14 +119,13 @@ def _envelope(block: int, size: int) -> Case:
 def _scores(size: int, score_block: int, stride: int, queries: int, dtype: torch.dtype, shared: int) -> Iterator[Case]:
     from infer_patch.kernels import envelope_triton as module
 
-    samples, splits = -(-queries // stride), 8 if queries == 1 else 1
+    samples = -(-queries // stride)
     constants, options = module.constants(
         32, 8, 64, 64 // score_block, stride, samples, size, dtype, shared, half=score_block > 1
     )
     tile = f"{constants['ROWS']} rows, {constants['COLUMNS']} blocks of {score_block}"
-    constants["SPLITS"] = splits
     yield Case(module.row_sums_kernel, tile, size, dtype, constants, options)
-    maxima = constants | {"PAD_SPLITS": splits, "CHUNK": 1 if queries == 1 else 8}
+    maxima = constants | {"CHUNK": 1 if queries == 1 else 8}
     yield Case(module.block_maxima_kernel, tile, size, dtype, maxima, options)
 
 

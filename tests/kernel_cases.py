@@ -103,6 +103,12 @@ def test_any_number_of_splits(splits):
     compare(decode, q, k, v, random_mask(generator, 1, 1, 1, 750), splits=splits)
 
 
+def test_too_many_splits():
+    q, k, v = qkv(torch.Generator(), 2, 1, 1, 100, batch=1)
+    with pytest.raises(ValueError, match="splits must be 1 to 32, got 33"):
+        decode(q, k, v, random_mask(torch.Generator(), 1, 1, 1, 100), 0.3, splits=33)
+
+
 def test_values_of_another_size():
     generator = torch.Generator().manual_seed(0)
     for kernel, queries in ((prefill, 70), (decode, 1)):

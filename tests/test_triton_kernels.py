@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from infer_patch.kernels.block_mask import BlockMask
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -70,6 +72,63 @@ def test_a_tile_too_large_is_found():
         "200000 bytes of shared memory, 166912 are there",
         "no tensor-core instruction",
     ]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels are compiled for an H100 as they would be launched, but not launched; {kernel: its binaries}."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class H100:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    made, run = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        binary = run(self, *args, grid=grid, warmup=True, **kwargs)
+        made.setdefault(self.__name__, set()).add(binary.hash)
+        return binary
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", H100())  # `reset_active` looks for a GPU, which need not be here
+    return made
+
+
+@compiles
+@pytest.mark.slow
+def test_one_binary_serves_every_length(launches):
+    """Keys grow by one each step of generation: a kernel compiled anew each time would take seconds a token."""
+    from infer_patch.kernels import block_sparse_decode_triton, block_sparse_prefill_triton, envelope_triton
+
+    def tensors(queries, keys):
+        shapes = [(1, 8, queries, 64), (1, 2, keys, 64), (1, 2, keys, 64)]
+        return [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
+
+    for keys in (1000, 1001, 1024, 1025, 9000):
+        idx = torch.zeros(1, 2, 2, keys // 64, dtype=torch.long)
+        mask = BlockMask(idx, torch.ones(1, 2, 2, dtype=torch.long))
+        block_sparse_prefill_triton.prefill(*tensors(100, keys), mask, 0.1)
+        q, k, v = tensors(1, keys)
+        block_sparse_decode_triton.decode(q, k, v, mask, 0.1)
+        envelope = envelope_triton.envelope(k, 4)
+        envelope_triton.scores(q, envelope, keys, 64, 16, 4, 0.1, 0.1)
+    assert {name: len(binaries) for name, binaries in launches.items()} == {
+        "prefill_kernel": 1,
+        "decode_kernel": 1,
+        "merge_kernel": 1,
+        "envelope_kernel": 1,
+        "row_sums_kernel": 1,
+        "block_maxima_kernel": 1,
+    }
 
 
 def test_the_committed_table_is_that_of_the_result_file():

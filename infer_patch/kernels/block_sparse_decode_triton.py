@@ -17,9 +17,11 @@ from torch import Tensor
 from infer_patch.kernels.block_mask import BlockMask
 from infer_patch.kernels.triton_common import (
     HOPPER,
+    LIST_STRIDES,
     LN_2,
     LOG2_E,
     LOWEST,
+    MAX_SPLITS,
     OPTIONS,
     gpu,
     pad,
@@ -30,11 +32,8 @@ from infer_patch.kernels.triton_common import (
     tile,
 )
 
-MAX_SPLITS = 32
-_NOT_SPECIALIZED = ["queries", "keys", "first_block"]
 
-
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=["queries", "keys", "first_block", *LIST_STRIDES])
 def decode_kernel(
     q_ptr,
     k_ptr,
@@ -70,7 +69,6 @@ def decode_kernel(
     GROUP: tl.constexpr,
     LISTS: tl.constexpr,
     STACK: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -109,7 +107,7 @@ def decode_kernel(
     which = head // (HEADS // LISTS)
     entries = idx_ptr + batch * idx_batch + which.to(tl.int64) * idx_list + block * idx_block
     listed = tl.load(count_ptr + batch * count_batch + which * count_list + block * count_block).to(tl.int32) * PER
-    share = tl.cdiv(listed, SPLITS)
+    share = tl.cdiv(listed, tl.num_programs(0))
 
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -141,7 +139,7 @@ def decode_kernel(
         tl.store(lse_ptr + lse_at, tl.where(seen, top + tl.log2(total), float("-inf")), mask=real)
 
 
-@triton.jit(do_not_specialize=["queries", "rows"])
+@triton.jit(do_not_specialize=["queries", "rows", "splits"])
 def merge_kernel(
     parts_ptr,
     lses_ptr,
@@ -149,12 +147,11 @@ def merge_kernel(
     lse_ptr,
     queries,
     rows,
+    splits,
     out_batch,
     out_head,
     out_row,
     HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PAD_SPLITS: tl.constexpr,
     SIZE_V: tl.constexpr,
     PAD_V: tl.constexpr,
     LSE: tl.constexpr,
@@ -164,9 +161,9 @@ def merge_kernel(
     Every row has a split that saw a key. `lse` (natural, fp32 [rows]) only if LSE.
     """
     row = tl.program_id(0)
-    split = tl.arange(0, PAD_SPLITS)
+    split = tl.arange(0, MAX_SPLITS)
     channel = tl.arange(0, PAD_V)
-    lses = tl.load(lses_ptr + split * rows + row, mask=split < SPLITS, other=float("-inf"))
+    lses = tl.load(lses_ptr + split * rows + row, mask=split < splits, other=float("-inf"))
     top = tl.max(lses, 0)
     weight = tl.exp2(lses - top)
     total = tl.sum(weight, 0)
@@ -210,12 +207,11 @@ def constants(
     if rows == 64 and max(wide, wide_v) == 128 and shared < HOPPER:
         keys = 32
     tile_k = tile(block_k, keys)
-    named = {
+    named: dict[str, Any] = {
         "HEADS": heads,
         "GROUP": heads // kv_heads,
         "LISTS": lists,
         "STACK": stack,
-        "SPLITS": splits,
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
         "ROWS": rows,
@@ -237,7 +233,7 @@ def number_of_splits(programs: int, width: int, multiprocessors: int) -> int:
 
     `programs` is how many one part makes. All of it is known on the host.
     """
-    return max(1, min(2 * multiprocessors // programs, width // 2, MAX_SPLITS))
+    return max(1, min(2 * multiprocessors // programs, width // 2, MAX_SPLITS.value))
 
 
 def decode(
@@ -248,8 +244,10 @@ def decode(
     Parameters
     ----------
     splits : int, optional
-        Parts of each list; default by the size of the GPU.
+        Parts of each list, 1 to 32; default by the size of the GPU.
     """
+    if splits is not None and not 1 <= splits <= MAX_SPLITS.value:
+        raise ValueError(f"splits must be 1 to {MAX_SPLITS.value}, got {splits}")
     batch, heads, queries, size = q.shape
     kv_heads, keys, size_v = k.shape[1], k.shape[2], v.shape[3]
     q, k, v, idx = (rows_contiguous(x) for x in (q, k, v, mask.idx))
@@ -274,7 +272,7 @@ def decode(
             count,
             parts,
             lses,
-            scale * LOG2_E,
+            float(scale * LOG2_E),
             queries,
             keys,
             first,
@@ -298,10 +296,9 @@ def decode(
             parts if sums is None else sums,
             queries,
             batch * heads * queries,
+            splits,
             *out.stride()[:3],
             HEADS=heads,
-            SPLITS=splits,
-            PAD_SPLITS=pad(splits, 2),
             SIZE_V=size_v,
             PAD_V=pad(size_v),
             LSE=lse,

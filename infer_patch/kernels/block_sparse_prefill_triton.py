@@ -17,6 +17,7 @@ from torch import Tensor
 from infer_patch.kernels.block_mask import BlockMask
 from infer_patch.kernels.triton_common import (
     HOPPER,
+    LIST_STRIDES,
     LN_2,
     LOG2_E,
     LOWEST,
@@ -31,7 +32,7 @@ from infer_patch.kernels.triton_common import (
 )
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "first_tile", "tiles", "first_block", "batches"])
+@triton.jit(do_not_specialize=["queries", "keys", "first_tile", "tiles", "first_block", "batches", *LIST_STRIDES])
 def prefill_kernel(
     q_ptr,
     k_ptr,
@@ -216,7 +217,7 @@ def prefill(
             count,
             out,
             out if sums is None else sums,
-            scale * LOG2_E,
+            float(scale * LOG2_E),
             queries,
             keys,
             first_tile,

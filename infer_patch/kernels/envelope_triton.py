@@ -18,6 +18,7 @@ from infer_patch.kernels.triton_common import (
     LN_2,
     LOG2_E,
     LOWEST,
+    MAX_SPLITS,
     OPTIONS,
     gpu,
     pad,
@@ -27,7 +28,6 @@ from infer_patch.kernels.triton_common import (
     stages,
 )
 
-_MAX_SPLITS = 32
 _BLOCKS = 16  # score blocks of one program of `envelope_kernel`
 
 
@@ -97,16 +97,16 @@ def _tile_scores(
     return tl.where((column < columns)[None, :], scores * scale, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "first", "row_tiles"])
+@triton.jit(do_not_specialize=["queries", "keys", "first", "row_tiles", "splits"])
 def row_sums_kernel(
-    q_ptr, centre_ptr, half_ptr, lse_ptr, scale, slack, queries, keys, first, row_tiles,
+    q_ptr, centre_ptr, half_ptr, lse_ptr, scale, slack, queries, keys, first, row_tiles, splits,
     q_batch, q_head, q_row, c_batch, c_head, c_row, h_batch, h_head, h_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr,
-    SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr,
+    SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
     PAD: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lse (base 2) [B x H_kv, n_q, row tiles, SPLITS, ROWS]; grid (SPLITS x row tiles, n_q, B x H_kv)."""
-    split, row_tile = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    """lse (base 2) [B x H_kv, n_q, row tiles, splits, ROWS]; grid (splits x row tiles, n_q, B x H_kv)."""
+    split, row_tile = tl.program_id(0) % splits, tl.program_id(0) // splits
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     pair = tl.program_id(2)
     batch, head = (pair // KV_HEADS).to(tl.int64), pair % KV_HEADS
@@ -119,7 +119,7 @@ def row_sums_kernel(
     half_ptr += batch * h_batch + head.to(tl.int64) * h_head
     columns = number * PER
     tiles = tl.cdiv(columns, COLUMNS)
-    share = tl.cdiv(tiles, SPLITS)
+    share = tl.cdiv(tiles, splits)
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for j in range(split * share, tl.minimum((split + 1) * share, tiles)):
@@ -129,17 +129,17 @@ def row_sums_kernel(
         )
         _p, top, total, _shrink = softmax_step(scores, top, total)
     lse = tl.where(total > 0, top + tl.log2(total), LOWEST)
-    at = ((pair.to(tl.int64) * tl.num_programs(1) + block) * row_tiles + row_tile) * SPLITS + split
+    at = ((pair.to(tl.int64) * tl.num_programs(1) + block) * row_tiles + row_tile) * splits + split
     tl.store(lse_ptr + at * ROWS + tl.arange(0, ROWS), lse)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "first", "row_tiles", "key_blocks"])
+@triton.jit(do_not_specialize=["queries", "keys", "first", "row_tiles", "splits", "key_blocks"])
 def block_maxima_kernel(
-    q_ptr, centre_ptr, half_ptr, lse_ptr, score_ptr, scale, slack, queries, keys, first, row_tiles, key_blocks,
+    q_ptr, centre_ptr, half_ptr, lse_ptr, score_ptr, scale, slack, queries, keys, first, row_tiles, splits, key_blocks,
     q_batch, q_head, q_row, c_batch, c_head, c_row, h_batch, h_head, h_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PER: tl.constexpr, STRIDE: tl.constexpr,
-    SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr,
-    PAD: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, PAD_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    SAMPLES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
+    PAD: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Scores fp32 [row tiles, B x H_kv, n_q, key_blocks]; grid (chunks x row tiles, n_q, B x H_kv).
 
@@ -161,9 +161,9 @@ def block_maxima_kernel(
     score_ptr += score_row * key_blocks
     columns = number * PER
 
-    split = tl.arange(0, PAD_SPLITS)
-    at = ((pair.to(tl.int64) * tl.num_programs(1) + block) * row_tiles + row_tile) * SPLITS + split
-    lses = tl.load(lse_ptr + at[:, None] * ROWS + tl.arange(0, ROWS), mask=(split < SPLITS)[:, None], other=LOWEST)
+    split = tl.arange(0, MAX_SPLITS)
+    at = ((pair.to(tl.int64) * tl.num_programs(1) + block) * row_tiles + row_tile) * splits + split
+    lses = tl.load(lse_ptr + at[:, None] * ROWS + tl.arange(0, ROWS), mask=(split < splits)[:, None], other=LOWEST)
     top = tl.max(lses, 0)
     lse = top + tl.log2(tl.sum(tl.exp2(lses - top[None, :]), 0))
 
@@ -223,7 +223,7 @@ def constants(
     # these spill no registers: benchmarks/kernel_resources.py
     rows = min(pad(group * samples), 16 if dtype == torch.float32 else 128 if wide <= 128 else 64)
     columns = max(per, 64 if wide <= 128 else 32)
-    named = {
+    named: dict[str, Any] = {
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "BLOCK": block,
@@ -271,19 +271,19 @@ def scores(
     column_tiles = triton.cdiv(key_blocks * per, columns)
     programs = batch * kv_heads * n_q * row_tiles
     if splits is None:
-        splits = max(1, min(2 * multiprocessors // programs, column_tiles // 2, _MAX_SPLITS))
+        splits = max(1, min(2 * multiprocessors // programs, column_tiles // 2, MAX_SPLITS.value))
     chunk = 8 if programs * column_tiles >= 64 * multiprocessors else 1
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     lse = torch.empty(batch * kv_heads, n_q, row_tiles, splits, rows, **fp32)
     score = torch.empty(row_tiles, batch, kv_heads, n_q, key_blocks, **fp32)
     strides = (*q.stride()[:3], *centre.stride()[:3], *half_width.stride()[:3])
-    sizes = (scale * LOG2_E, slack, queries, keys, first, row_tiles)
+    sizes = (float(scale * LOG2_E), float(slack), queries, keys, first, row_tiles, splits)
     with torch.cuda.device_of(q):
         row_sums_kernel[(splits * row_tiles, n_q, batch * kv_heads)](
-            q, centre, half_width, lse, *sizes, *strides, SPLITS=splits, **named, **options
+            q, centre, half_width, lse, *sizes, *strides, **named, **options
         )
         block_maxima_kernel[(triton.cdiv(column_tiles, chunk) * row_tiles, n_q, batch * kv_heads)](
             q, centre, half_width, lse, score, *sizes, key_blocks, *strides,
-            SPLITS=splits, PAD_SPLITS=pad(splits, 1), CHUNK=chunk, **named, **options,
+            CHUNK=chunk, **named, **options,
         )  # fmt: skip
     return score[0] if row_tiles == 1 else score.amax(0)

@@ -17,6 +17,9 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-1e30)
+MAX_SPLITS = tl.constexpr(32)
+# numbers that change between calls: one binary serves them all
+LIST_STRIDES = ["idx_batch", "idx_list", "idx_block", "count_batch", "count_list", "count_block"]
 OPTIONS = {"enable_fp_fusion": True}  # for every launch: the default changes between versions of Triton
 HOPPER = 200 * 1024  # GPUs with more shared memory read both operands of a product from there, others from registers
 _INTERPRETED_GPU = 132, 232448  # an H100 stands in where Triton interprets

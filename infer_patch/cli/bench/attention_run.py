@@ -66,11 +66,12 @@ def show(document: dict[str, Any], console: Console) -> None:
     )
     for length in settings["lengths"]:
         console.print(_table(length, [r for r in results if r["length"] == length], decode))
-    last = "" if decode else " MiB: peak extra memory of one call (rough on a CPU)."
+    step = " of a step (first: of the one before them)" if decode else ""
+    memory = "" if decode else " MiB: peak extra memory of one call (rough on a CPU)."
     console.print(
-        f"ms: median{' of a step' if decode else ''}, of it for choosing blocks and for attention. kept: share of the "
-        "causal key blocks. ratio: time / dense time of the same round. effic.: efficiency, kept / ratio."
-        f"{last} {CONTROL}: the noise floor. *: ran dense.",
+        f"ms: median{step}; choice, attend: its parts for choosing blocks and for attention. kept: share of the causal "
+        "key blocks. ratio: time / dense time of the same round. effic.: efficiency, kept / ratio."
+        f"{memory} {CONTROL}: the noise floor. *: ran dense.",
         highlight=False,
     )
     for result in results:
@@ -92,17 +93,9 @@ def _table(length: int, results: list[dict[str, Any]], decode: bool) -> Table:
     title = f"{length:,} tokens"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("side", no_wrap=True)
-    for name in (
-        "ms",
-        *(["first step"] if decode else []),
-        "choice",
-        "attention",
-        "kept",
-        "ratio",
-        "p20-p80",
-        "effic.",
-    ):
-        table.add_column(name, justify="right")
+    first = ["first"] if decode else []
+    for name in ("ms", *first, "choice", "attend", "kept", "ratio", "p20-p80", "effic."):
+        table.add_column(name, justify="right", no_wrap=True)
     if not decode:
         table.add_column("MiB", justify="right")
     for result in results:
