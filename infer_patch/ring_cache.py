@@ -12,11 +12,11 @@ from torch import Tensor
 from infer_patch.attention import LazyMask
 from infer_patch.cache import IndexedLayer, KeyView
 from infer_patch.errors import UnsupportedCallError
-from infer_patch.kernels.block_mask import causal_blocks
+from infer_patch.kernels.block_mask import causal_blocks, sink_window_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention
 from infer_patch.kernels.dense_attention import dense_attention
 from infer_patch.rings import Ring, RingSpec
-from infer_patch.spans import Horizon, span_blocks
+from infer_patch.spans import Horizon
 from infer_patch.windowed_cache import check_padding, first_rows
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class RingLayer(IndexedLayer):
                 if missing == 0 and -(-rows // self.block) <= self.sinks // self.block + window:
                     part, read = dense_attention(q, k, v, inputs.scale), read + blocks
                 else:
-                    lists = span_blocks(added, rows, self.sinks, [window], self.block, q.device)
+                    lists = sink_window_blocks(added, rows, self.sinks, [window], self.block, q.device)
                     part = block_sparse_attention(q, k, v, lists, inputs.scale)
                     read = read + lists.count.sum() * copies
                 parts.append(part.unflatten(1, (-1, group)))

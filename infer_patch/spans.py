@@ -1,4 +1,4 @@
-"""Attention spans that differ from head to head: how long each is, and which key blocks that makes.
+"""Attention spans that differ from head to head: how long each is.
 
 A span of S tokens is kept as a sink part at the start of the text and a window at its end, both in whole blocks. The
 window of query block i holds the blocks i - w + 1 to i, its own included, so a token reads between
@@ -7,13 +7,8 @@ window of query block i holds the blocks i - w + 1 to i, its own included, so a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-
-from infer_patch.kernels.block_mask import BlockMask
 
 _SET_AT = "spans were set at this length"
 
@@ -58,24 +53,3 @@ def window_blocks(alpha: float, beta: float, length: int, sinks: int = 64, block
     """
     span = max(min(int(alpha + beta * length), length), sinks + block)
     return -(-span // block) - sinks // block
-
-
-def span_blocks(
-    queries: int, keys: int, sinks: int, windows: Sequence[int], block: int = 64, device: torch.device | str = "cpu"
-) -> BlockMask:
-    """One list for each key head: the sinks and `windows[h]` blocks up to the query block's own.
-
-    Holds for storage with whole blocks missing between sinks and windows too: both ends of a window move alike.
-
-    Returns
-    -------
-    BlockMask of 1 x H_kv x n_q lists
-    """
-    first, last = (keys - queries) // block, -(-keys // block)
-    n_sink = sinks // block
-    row = torch.arange(first, last, device=device)
-    lowest = (row - torch.tensor(list(windows), device=device)[:, None] + 1).clamp(min=n_sink)
-    entry = torch.arange(min(n_sink + max(windows), last), device=device)
-    idx = torch.where(entry < n_sink, entry, lowest[..., None] + entry - n_sink)
-    count = torch.minimum(row + 1, n_sink + (row - lowest + 1).clamp(min=0))
-    return BlockMask(idx[None], count[None], block, block)

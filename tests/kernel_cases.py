@@ -121,7 +121,7 @@ def test_views_and_one_list_for_all():
     generator = torch.Generator().manual_seed(1)
     for kernel, queries in ((prefill, 70), (decode, 2)):
         q, k, v = qkv(generator, 4, 2, queries, 100)
-        mask = BlockMask(*(x[None, None] for x in sink_window_blocks(queries, 100, 4, 64)))
+        mask = sink_window_blocks(queries, 100, 4, [2])
         expected = block_sparse_attention(q, k, v, mask, 0.3, "reference")
         buffer = torch.full((2, 2, 160, 64), float("nan"), device=DEVICE)
         buffer[:, :, 30:130, :32], buffer[:, :, 30:130, 32:] = k.to(DEVICE), v.to(DEVICE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infer_patch.kernels.block_mask import BlockMask, causal_blocks, sink_window_blocks
+from infer_patch.kernels.block_mask import BlockMask, blocks_of_window, causal_blocks, sink_window_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention, token_mask
 from infer_patch.kernels.dense_attention import dense_attention
 
@@ -129,8 +129,7 @@ def test_broken_lists_are_named(idx, count, complaint):
 @pytest.mark.parametrize("queries, keys", SHAPES)
 @pytest.mark.parametrize("sinks, window", [(0, 64), (4, 64), (65, 100), (4, 129), (4, 10**6)])
 def test_sink_window_lists_hold_what_they_must(queries, keys, sinks, window):
-    idx, count = sink_window_blocks(queries, keys, sinks, window)
-    mask = BlockMask(idx[None, None], count[None, None])
+    mask = sink_window_blocks(queries, keys, sinks, [blocks_of_window(window)])
     mask.check(queries, keys)
     seen = token_mask(mask, 1, queries, keys)[0, 0]
     position, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
@@ -143,9 +142,8 @@ def test_sink_window_lists_hold_what_they_must(queries, keys, sinks, window):
 
 def test_sink_window_lists_over_evicted_storage():
     """With whole blocks missing between sinks and window, the same tokens are read."""
-    idx, count = sink_window_blocks(1, 1000, 4, 128)
-    gone_idx, gone_count = sink_window_blocks(1, 1000 - 640, 4, 128, evicted=640)
-    full, rest = idx[0, : count[0]].tolist(), gone_idx[0, : gone_count[0]].tolist()
+    masks = [sink_window_blocks(1, keys, 4, [blocks_of_window(128)]) for keys in (1000, 1000 - 640)]
+    full, rest = (mask.idx[0, 0, 0, : mask.count[0, 0, 0]].tolist() for mask in masks)
     assert [full[0]] + [b - 10 for b in full[1:]] == rest
 
 

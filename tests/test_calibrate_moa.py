@@ -22,9 +22,10 @@ from infer_patch.calibration.moa_solver import Problem, Solution, Solver, not_do
 from infer_patch.cli import app
 from infer_patch.errors import PatchError
 from infer_patch.families import describe
+from infer_patch.kernels.block_mask import sink_window_blocks
 from infer_patch.patches import MoA, SinkWindow
 from infer_patch.patches.moa import read_plan
-from infer_patch.spans import span_blocks, window_blocks
+from infer_patch.spans import window_blocks
 
 QUICK = Settings(lengths=(512, 640), items=2, answer_tokens=8, intervals=2, validation_items=1, validation_plans=2)
 
@@ -145,7 +146,7 @@ def test_density_is_what_a_row_reads_at_most():
     found = densities(rules, (512, 1000))
     for column, rule in enumerate(rules):
         for row, length in enumerate((512, 1000)):
-            lists = span_blocks(length, length, 64, [window_blocks(*rule, length)])
+            lists = sink_window_blocks(length, length, 64, [window_blocks(*rule, length)])
             assert found[row, column] == pytest.approx(int(lists.count.max()) / -(-length // 64))
 
 
@@ -156,7 +157,7 @@ def test_a_rule_loses_the_influence_of_the_blocks_it_does_not_list():
     found = rule_losses(influence, rules, length)
     assert found.shape == (2, 3, 4) and (found[..., 0] == 0).all()
     for column, rule in enumerate(rules):
-        lists = span_blocks(length, length, 64, [window_blocks(*rule, length)])
+        lists = sink_window_blocks(length, length, 64, [window_blocks(*rule, length)])
         masked = influence.clone()
         for i in range(10):
             masked[:, :, i, lists.idx[0, 0, i, : lists.count[0, 0, i]]] = 0

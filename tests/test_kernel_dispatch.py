@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infer_patch.kernels import dispatch
-from infer_patch.kernels.block_mask import BlockMask, sink_window_blocks
+from infer_patch.kernels.block_mask import sink_window_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention
 from infer_patch.kernels.dispatch import choose, triton_refusal
 from infer_patch.kernels.envelope import block_envelope, score_key_blocks, select_blocks
@@ -75,7 +75,7 @@ def test_devices_the_kernels_do_not_run_on(a100, monkeypatch):
 def test_the_environment_reaches_every_operation(monkeypatch):
     """Asking for Triton where it cannot run is an error, not a silent torch path."""
     q, k = torch.randn(1, 2, 100, 32), torch.randn(1, 1, 200, 32)
-    mask = BlockMask(*(x[None, None] for x in sink_window_blocks(100, 200, 4, 64)))
+    mask = sink_window_blocks(100, 200, 4, [2])
     envelope = block_envelope(k, 4)
     calls = [
         lambda: block_sparse_attention(q, k, k, mask),

@@ -11,12 +11,13 @@ from rows import SPANS
 
 import infer_patch
 from infer_patch.errors import PlanError, UnsupportedCallError, UnsupportedModelError
+from infer_patch.kernels.block_mask import sink_window_blocks
 from infer_patch.kernels.block_sparse_attention import token_mask
 from infer_patch.patches import MoA
 from infer_patch.patches.moa import SpanPlan, read_plan
 from infer_patch.ring_cache import RingLayer
 from infer_patch.run import LayerInputs, Run
-from infer_patch.spans import Horizon, span_blocks, window_blocks
+from infer_patch.spans import Horizon, window_blocks
 from infer_patch.tokens import Tokens
 
 BLOCK = 64
@@ -52,7 +53,7 @@ def test_slots_of_a_span(alpha, beta, length, slots):
 
 def test_lists_are_the_sinks_and_each_heads_own_window():
     windows, queries, keys = [1, 2, 4, 9], 230, 500
-    mask = span_blocks(queries, keys, 64, windows)
+    mask = sink_window_blocks(queries, keys, 64, windows)
     mask.check(queries, keys)
     found = token_mask(mask, 4, queries, keys)[0]
     for head, window in enumerate(windows):

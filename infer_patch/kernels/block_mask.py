@@ -8,6 +8,7 @@ lists whether it arrives whole or in block-aligned chunks, and the causal triang
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,37 +84,34 @@ def causal_blocks(queries: int, keys: int, block_q: int, block_k: int) -> int:
     return sum(min((i + 1) * per, n_k) for i in range(first, last))
 
 
-def sink_window_blocks(
-    queries: int,
-    keys: int,
-    sinks: int,
-    window: int,
-    block: int = 64,
-    evicted: int = 0,
-    device: torch.device | str = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """Lists for attention sinks plus a recent window, by arithmetic alone.
+def blocks_of_window(window: int, block: int = 64) -> int:
+    """Blocks that hold the last `window` tokens of every row of a query block, its own block included."""
+    return -(-(window - 1) // block) + 1
 
-    A query block reads the blocks that hold the first `sinks` tokens and every block that meets the last `window`
-    tokens of one of its rows.
+
+def sink_window_blocks(
+    queries: int, keys: int, sinks: int, windows: Sequence[int], block: int = 64, device: torch.device | str = "cpu"
+) -> BlockMask:
+    """Lists for attention sinks plus a recent window, by arithmetic alone: one for each of `windows`.
+
+    Holds for storage with whole blocks missing between sinks and window too: both ends of a window move alike.
 
     Parameters
     ----------
-    evicted : int
-        Tokens (whole blocks) missing from storage between sinks and window; positions stay those of storage.
+    sinks : int
+        First tokens that are read, rounded up to whole blocks.
+    windows : sequence of int
+        Blocks up to the query block's own that are read (`blocks_of_window`).
 
     Returns
     -------
-    idx [n_q, W] int64, count [n_q] int64
+    BlockMask with B = 1 and M = len(windows)
     """
-    gap = evicted // block
     first, last = (keys - queries) // block, -(-keys // block)
-    row = torch.arange(first, last, device=device)
     n_sink = -(-sinks // block)
-    lowest = ((row + gap) * block - window + 1).div(block, rounding_mode="floor") - gap
-    lowest = lowest.clamp(min=n_sink)
-    width = min(n_sink + -(-(window - 1) // block) + 1, last)
-    entry = torch.arange(width, device=device)
-    idx = torch.where(entry < n_sink, entry, lowest[:, None] + entry - n_sink)
+    row = torch.arange(first, last, device=device)
+    lowest = (row - torch.tensor(list(windows), device=device)[:, None] + 1).clamp(min=n_sink)
+    entry = torch.arange(min(n_sink + max(windows), last), device=device)
+    idx = torch.where(entry < n_sink, entry, lowest[..., None] + entry - n_sink)
     count = torch.minimum(row + 1, n_sink + (row - lowest + 1).clamp(min=0))
-    return idx, count
+    return BlockMask(idx[None], count[None], block, block)

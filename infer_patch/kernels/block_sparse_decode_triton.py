@@ -20,14 +20,13 @@ from infer_patch.kernels.triton_common import (
     LIST_STRIDES,
     LN_2,
     LOG2_E,
-    LOWEST,
     MAX_SPLITS,
     OPTIONS,
+    attend_listed,
     gpu,
     pad,
     precision,
     rows_contiguous,
-    softmax_step,
     stages,
     tile,
 )
@@ -96,37 +95,21 @@ def decode_kernel(
     real = (row < STACK * queries) & (position // BLOCK_Q == first_block + block)
     channel = tl.arange(0, PAD)
     channel_v = tl.arange(0, PAD_V)
-    column = tl.arange(0, TILE_K)
 
     q_at = batch * q_batch + heads * q_head + query * q_row
     q = tl.load(q_ptr + q_at[:, None] + channel, mask=real[:, None] & (channel < SIZE), other=0.0)
     k_ptr += batch * k_batch + (head // GROUP).to(tl.int64) * k_head
     v_ptr += batch * v_batch + (head // GROUP).to(tl.int64) * v_head
-    k_at = k_ptr + column[None, :] * k_row + channel[:, None]
-    v_at = v_ptr + column[:, None] * v_row + channel_v[None, :]
     which = head // (HEADS // LISTS)
     entries = idx_ptr + batch * idx_batch + which.to(tl.int64) * idx_list + block * idx_block
     listed = tl.load(count_ptr + batch * count_batch + which * count_list + block * count_block).to(tl.int32) * PER
     share = tl.cdiv(listed, tl.num_programs(0))
 
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, PAD_V], tl.float32)
-    for j in range(split * share, tl.minimum((split + 1) * share, listed)):
-        start = tl.load(entries + j // PER).to(tl.int32) * BLOCK_K + j % PER * TILE_K
-        key = start + column
-        k_mask = (key < keys)[None, :]
-        v_mask = (key < keys)[:, None]
-        if SIZE < PAD:
-            k_mask = k_mask & (channel < SIZE)[:, None]
-        if SIZE_V < PAD_V:
-            v_mask = v_mask & (channel_v < SIZE_V)[None, :]
-        k = tl.load(k_at + start.to(tl.int64) * k_row, mask=k_mask, other=0.0)
-        v = tl.load(v_at + start.to(tl.int64) * v_row, mask=v_mask, other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale
-        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-        p, top, total, shrink = softmax_step(scores, top, total)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    last = tl.minimum((split + 1) * share, listed)
+    top, total, acc = attend_listed(
+        q, position, k_ptr, v_ptr, k_row, v_row, entries, split * share, last, keys, scale,
+        BLOCK_K, TILE_K, SIZE, SIZE_V, PAD, PAD_V, PRECISION,
+    )  # fmt: skip
 
     seen = total > 0
     acc = acc / tl.where(seen, total, 1.0)[:, None]

@@ -20,13 +20,12 @@ from infer_patch.kernels.triton_common import (
     LIST_STRIDES,
     LN_2,
     LOG2_E,
-    LOWEST,
     OPTIONS,
+    attend_listed,
     gpu,
     pad,
     precision,
     rows_contiguous,
-    softmax_step,
     stages,
     tile,
 )
@@ -99,36 +98,19 @@ def prefill_kernel(
     real = (query >= 0) & (query < queries)
     channel = tl.arange(0, PAD)
     channel_v = tl.arange(0, PAD_V)
-    column = tl.arange(0, TILE_K)
 
     q_at = batch * q_batch + heads.to(tl.int64) * q_head + query.to(tl.int64) * q_row
     q = tl.load(q_ptr + q_at[:, None] + channel, mask=real[:, None] & (channel < SIZE), other=0.0)
     k_ptr += batch * k_batch + (head // GROUP).to(tl.int64) * k_head
     v_ptr += batch * v_batch + (head // GROUP).to(tl.int64) * v_head
-    k_at = k_ptr + column[None, :] * k_row + channel[:, None]
-    v_at = v_ptr + column[:, None] * v_row + channel_v[None, :]
     which = head // (HEADS // LISTS)
     entries = idx_ptr + batch * idx_batch + which.to(tl.int64) * idx_list + block.to(tl.int64) * idx_block
     listed = tl.load(count_ptr + batch * count_batch + which * count_list + block * count_block).to(tl.int32)
 
-    top = tl.full([TILE_Q * STACK], LOWEST, tl.float32)
-    total = tl.zeros([TILE_Q * STACK], tl.float32)
-    acc = tl.zeros([TILE_Q * STACK, PAD_V], tl.float32)
-    for j in range(0, listed * PER):
-        start = tl.load(entries + j // PER).to(tl.int32) * BLOCK_K + j % PER * TILE_K
-        key = start + column
-        k_mask = (key < keys)[None, :]
-        v_mask = (key < keys)[:, None]
-        if SIZE < PAD:
-            k_mask = k_mask & (channel < SIZE)[:, None]
-        if SIZE_V < PAD_V:
-            v_mask = v_mask & (channel_v < SIZE_V)[None, :]
-        k = tl.load(k_at + start.to(tl.int64) * k_row, mask=k_mask, other=0.0)
-        v = tl.load(v_at + start.to(tl.int64) * v_row, mask=v_mask, other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale
-        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-        p, top, total, shrink = softmax_step(scores, top, total)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    top, total, acc = attend_listed(
+        q, position, k_ptr, v_ptr, k_row, v_row, entries, 0, listed * PER, keys, scale,
+        BLOCK_K, TILE_K, SIZE, SIZE_V, PAD, PAD_V, PRECISION,
+    )  # fmt: skip
 
     out_at = out_ptr + batch * out_batch + heads.to(tl.int64) * out_head + query.to(tl.int64) * out_row
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)

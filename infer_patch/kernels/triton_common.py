@@ -34,6 +34,43 @@ def softmax_step(scores, top, total):
     return p, new, total * shrink + tl.sum(p, 1), shrink
 
 
+@triton.jit
+def attend_listed(
+    q, position, k_ptr, v_ptr, k_row, v_row, entries, first, last, keys, scale,
+    BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, SIZE: tl.constexpr, SIZE_V: tl.constexpr, PAD: tl.constexpr,
+    PAD_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of rows q [R, PAD] at `position` [R] to tiles `first` to `last` - 1 of the listed key blocks.
+
+    Returns (maximum [R], sum [R], unnormalised output [R, PAD_V]). Every tile is masked: keys up to a row's position.
+    """
+    PER: tl.constexpr = BLOCK_K // TILE_K
+    channel = tl.arange(0, PAD)
+    channel_v = tl.arange(0, PAD_V)
+    column = tl.arange(0, TILE_K)
+    k_at = k_ptr + column[None, :] * k_row + channel[:, None]
+    v_at = v_ptr + column[:, None] * v_row + channel_v[None, :]
+    top = tl.full([q.shape[0]], LOWEST, tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros([q.shape[0], PAD_V], tl.float32)
+    for j in range(first, last):
+        start = tl.load(entries + j // PER).to(tl.int32) * BLOCK_K + j % PER * TILE_K
+        key = start + column
+        k_mask = (key < keys)[None, :]
+        v_mask = (key < keys)[:, None]
+        if SIZE < PAD:
+            k_mask = k_mask & (channel < SIZE)[:, None]
+        if SIZE_V < PAD_V:
+            v_mask = v_mask & (channel_v < SIZE_V)[None, :]
+        k = tl.load(k_at + start.to(tl.int64) * k_row, mask=k_mask, other=0.0)
+        v = tl.load(v_at + start.to(tl.int64) * v_row, mask=v_mask, other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        p, top, total, shrink = softmax_step(scores, top, total)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return top, total, acc
+
+
 def precision(dtype: torch.dtype) -> str:
     """Precision of matrix products: fp32 inputs as three TF32 products (error about that of fp32), not one."""
     return "tf32x3" if dtype == torch.float32 else "tf32"

@@ -13,11 +13,11 @@ from typing import Any
 
 from infer_patch.cache import IndexedLayer
 from infer_patch.errors import PlanError
-from infer_patch.kernels.block_mask import BlockMask
+from infer_patch.kernels.block_mask import BlockMask, sink_window_blocks
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.ring_cache import RingLayer
 from infer_patch.selection import plain_attention_layers
-from infer_patch.spans import Horizon, span_blocks, window_blocks
+from infer_patch.spans import Horizon, window_blocks
 
 VERSION = 1
 _REMEMBERED = 4096  # lengths and layers whose windows are not worked out again
@@ -256,7 +256,7 @@ class _MoA(Runtime):
             return "the spans cover every key"
         shared, key = call.tokens.shared, (self, queries, keys, windows)
         if key not in shared:
-            shared[key] = span_blocks(queries, keys, plan.sink, windows, plan.block, call.q.device)
+            shared[key] = sink_window_blocks(queries, keys, plan.sink, windows, plan.block, call.q.device)
         return shared[key]
 
     def cache_layer(self, layer: int) -> IndexedLayer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infer_patch.cache import IndexedLayer
-from infer_patch.kernels.block_mask import BlockMask, sink_window_blocks
+from infer_patch.kernels.block_mask import BlockMask, blocks_of_window, sink_window_blocks
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.selection import plain_attention_layers
 from infer_patch.windowed_cache import WindowedLayer
@@ -78,12 +78,10 @@ class _SinkWindow(Runtime):
         if keys + call.evicted <= config.window:
             return "the window covers every key"
         shared = call.tokens.shared  # lists are the same in every layer
-        key = (self, queries, keys, call.evicted)
+        key = (self, queries, keys)
         if key not in shared:
-            idx, count = sink_window_blocks(
-                queries, keys, config.sinks, config.window, BLOCK, call.evicted, call.q.device
-            )
-            shared[key] = BlockMask(idx[None, None], count[None, None], BLOCK, BLOCK)
+            window = blocks_of_window(config.window, BLOCK)
+            shared[key] = sink_window_blocks(queries, keys, config.sinks, [window], BLOCK, call.q.device)
         return shared[key]
 
     def cache_layer(self, layer: int) -> IndexedLayer:
