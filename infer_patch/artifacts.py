@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load, save
 
 from infer_patch.availability import installed_version
 from infer_patch.errors import ArtifactError
+from infer_patch.files import replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,8 +96,8 @@ def save_artifact(
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"meta must hold plain finite values that JSON can store: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / _TENSORS, data)
-    _replace(folder / _JSON, text.encode())
+    replace_file(folder / _TENSORS, data)
+    replace_file(folder / _JSON, text.encode())
     return folder
 
 
@@ -210,15 +210,3 @@ def _same_weights(expected: Any, model: PreTrainedModel) -> bool:
 
 def _describe(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from infer_patch.api import patch
-from infer_patch.artifacts import _replace, fingerprint
+from infer_patch.artifacts import fingerprint
 from infer_patch.attention import PORT
 from infer_patch.availability import installed_version, require
 from infer_patch.calibration.moa_influence import answer_loss, prompt_influence
@@ -34,6 +34,7 @@ from infer_patch.calibration.moa_solver import Problem, Solution, Solver, pareto
 from infer_patch.errors import PatchError
 from infer_patch.evals.needle import check_context, read_texts
 from infer_patch.families import describe
+from infer_patch.files import replace_file
 from infer_patch.patches.moa import MoA, SpanPlan
 from infer_patch.selection import plain_attention_layers
 
@@ -192,13 +193,13 @@ class _Calibration:
                 losses.append(float(answer_loss(self.model, example.input_ids, example.answer_tokens)))
             else:
                 file = self.work / "compared.json"
-                _replace(file, text.encode())
+                replace_file(file, text.encode())
                 method = MoA(plan_file=str(file), length=example.length, dense_below=0, layers=self.layers)
                 with warnings.catch_warnings(), patch(self.model, method):
                     warnings.simplefilter("ignore", UserWarning)  # spans that cover everything never take effect
                     losses.append(float(answer_loss(self.model, example.input_ids, example.answer_tokens)))
         loss = float(np.mean(losses))
-        _replace(kept, json.dumps({"loss": loss, "losses": losses}).encode())
+        replace_file(kept, json.dumps({"loss": loss, "losses": losses}).encode())
         return loss
 
     # Plans
@@ -248,7 +249,7 @@ class _Calibration:
                 )
             return
         self.work.mkdir(parents=True, exist_ok=True)
-        _replace(file, json.dumps(mine, indent=1).encode())
+        replace_file(file, json.dumps(mine, indent=1).encode())
 
 
 def _uniform(density: float, layers: int, kv_heads: int) -> SpanPlan:
@@ -272,4 +273,4 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 
 
 def _write(file: Path, **tensors: Tensor) -> None:
-    _replace(file, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    replace_file(file, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))

@@ -1,4 +1,4 @@
-"""What the bench commands share: lists of numbers, result files, the command that repeats a run."""
+"""What several commands share: lists of numbers, result files, the command that repeats a run."""
 
 from __future__ import annotations
 

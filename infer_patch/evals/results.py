@@ -12,11 +12,9 @@ Files are replaced as a whole, so a reader never sees half of one. `infer_patch.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any, Literal
 
 from infer_patch.errors import PatchError
 from infer_patch.evals.schema import SCHEMA, Manifest, Sample, Summary
+from infer_patch.files import replace_file
 from infer_patch.plan import Plan
 
 
@@ -120,16 +119,8 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: the text goes to a temporary file beside it, which then takes its name."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Replace a file as a whole."""
+    replace_file(path, text.encode("utf-8"))
 
 
 def file_name(name: str) -> str:

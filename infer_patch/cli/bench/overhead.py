@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from infer_patch.cli.bench.common import check_writable, numbers, repeat_command, save
+from infer_patch.cli.common import check_writable, numbers, repeat_command, save
 from infer_patch.cli.compare import progress_bar, quiet
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.common import numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
 
@@ -52,10 +53,7 @@ def moa(
         raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
     if work is None and folder.exists() and not folder.is_dir():
         raise PatchError(f"{folder} is a file; name a folder for what is measured with --work.")
-    try:
-        sizes = tuple(int(part) for part in lengths.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(f"numbers with commas between, like 512,1024; got {lengths!r}") from error
+    sizes = numbers(lengths, "512,1024")
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.moa import calibrate
         from infer_patch.calibration.moa_settings import Settings
