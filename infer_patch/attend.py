@@ -56,7 +56,7 @@ def attend(
     elif layer in engine.selectors:
         output = _sparse(engine.selectors[layer], inputs, mask, kwargs, engine.stats)
     if output is None:
-        output, weights = port.dense(module, q, inputs.k, inputs.v, _dense_mask(inputs, mask), **kwargs)
+        output, weights = port.dense(module, q, k, v, _dense_mask(inputs, mask), **kwargs)
     for runtime in engine.calibrators.get(layer, ()):
         output = _calibrated(runtime, inputs, output, engine.stats)
     return output, weights

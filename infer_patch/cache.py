@@ -7,22 +7,20 @@ still holds, oldest first. New tokens are appended, so physical order is always 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from infer_patch.availability import crop_is_relative
+from infer_patch.cache_memory import GRANULE, grown, tensors_in
 from infer_patch.errors import UnsupportedCallError
 from infer_patch.tokens import INVALID, Reduction, Tokens
 
 if TYPE_CHECKING:
     from infer_patch.run import LayerInputs
-
-_GRANULE = 64  # buffers grow in multiples of one attention block, so that blocks can be read as a view
 
 
 @dataclass
@@ -147,8 +145,8 @@ class IndexedLayer(CacheLayerMixin):
             self._buffers, self.rows = [], self.keys.shape[2]
             return
         total = self.rows + keys.shape[2]
-        if not self._buffers or self._buffers[0].shape[2] < total + _GRANULE:
-            self._buffers = [_grown(held, total) for held in (self.keys, self.values)]
+        if not self._buffers or self._buffers[0].shape[2] < total + GRANULE:
+            self._buffers = [grown(held, total) for held in (self.keys, self.values)]
         for buffer, new in zip(self._buffers, (keys, values)):
             buffer[:, :, self.rows : total] = new
         self.rows = total
@@ -168,12 +166,11 @@ class IndexedLayer(CacheLayerMixin):
         self.start, self.rows, self.state, self._buffers = reduction.start, reduction.rows, {}, []
         self.keys, self.values = held
 
-    def attention(self, inputs: LayerInputs, mask: Any) -> Tensor | None:
+    def attention(self, inputs: LayerInputs, mask: Any) -> Tensor:
         """Attention of the new queries to what this layer keeps, for layers that set `attends`: [B, T, H, D].
 
         Such a layer may keep keys and values in any form. Its `update` may hand on whatever `inputs.k` and `inputs.v`
         should be (the new rows alone, say), as long as `view` describes that; `mask` is the mask the model asked for.
-        None asks for the model's own attention over `inputs`, in which k, v and view may have been replaced.
         """
         raise TypeError(f"{type(self).__name__} leaves attention to the engine")
 
@@ -274,15 +271,7 @@ class IndexedLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes of the rows held and of what methods keep beside them (not of the space allocated ahead)."""
-        return sum(t.numel() * t.element_size() for t in _tensors([self.keys, self.values, self.state]))
-
-    def bytes_by_precision(self) -> dict[str, int]:
-        """`nbytes` by the name of the dtype or the width ("bfloat16", "4 bits")."""
-        return {str(self.dtype).removeprefix("torch."): self.nbytes()} if self.is_initialized else {}
-
-    def unquantised_bytes(self) -> int:
-        """What the same tokens would take in the model's own precision."""
-        return self.nbytes()
+        return sum(t.numel() * t.element_size() for t in tensors_in([self.keys, self.values, self.state]))
 
     @classmethod
     def can_adopt(cls, layer: Any) -> bool:
@@ -304,32 +293,3 @@ class IndexedLayer(CacheLayerMixin):
                 valid = tokens.mask[:, self.length - self.rows : self.length].to(self.device)
                 self._positions = self._positions.masked_fill(~valid, INVALID)
                 self._pack(valid)
-
-
-def cache_bytes(cache: Cache | None) -> int:
-    """Bytes of all keys and values a cache holds, whatever its layers are."""
-    total = 0
-    for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, IndexedLayer):
-            total += layer.nbytes()
-        else:
-            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-    return total
-
-
-def _grown(held: Tensor, rows: int) -> Tensor:
-    """A zeroed buffer with room to grow that starts with `held` (zeroed: blocks may be read past the last row)."""
-    capacity = -(-(rows + max(rows // 4, 4 * _GRANULE)) // _GRANULE) * _GRANULE
-    buffer = held.new_zeros(held.shape[0], held.shape[1], capacity, held.shape[3])
-    buffer[:, :, : held.shape[2]] = held
-    return buffer
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)

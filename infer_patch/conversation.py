@@ -16,7 +16,7 @@ from typing import Any, Literal
 from transformers import Cache
 
 from infer_patch.api import Handle, is_patched, patch
-from infer_patch.cache import cache_bytes
+from infer_patch.cache_memory import cache_bytes
 from infer_patch.errors import PatchError
 from infer_patch.plan import Plan, PlanLike
 from infer_patch.stats import describe

@@ -20,7 +20,8 @@ from transformers.cache_utils import DynamicLayer
 
 from infer_patch.attend import attend
 from infer_patch.attention import DenseAttention, ImplementationName, LazyMask, Port, forwards
-from infer_patch.cache import IndexedLayer, cache_bytes
+from infer_patch.cache import IndexedLayer
+from infer_patch.cache_memory import cache_bytes
 from infer_patch.errors import UnsupportedCallError
 from infer_patch.families import ModelParts
 from infer_patch.installation import Installation, LayerHook
@@ -183,10 +184,6 @@ class Engine:
             if (held := run.held(i)) is None:
                 continue
             self.stats.methods[runtime.config.name].stored[i] = (held.rows, held.length)
-            self.stats.methods[runtime.config.name].stored_bytes[i] = (
-                held.bytes_by_precision(),
-                held.unquantised_bytes(),
-            )
 
     def _images(self, inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
         ids = inputs.get("input_ids")

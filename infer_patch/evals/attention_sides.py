@@ -8,6 +8,7 @@ run; projections, rotary embedding and the copy of new keys into the cache are n
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from infer_patch.tokens import Tokens
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Side:
+class Side(ABC):
     """One row of the table. `extend` brings keys and values and is not timed; `attend` is."""
 
     kind = "dense"
@@ -44,14 +45,15 @@ class Side:
 
     def start(self) -> None:
         """Forget all keys."""
+        self.k = self.v = torch.empty(0)
 
     def extend(self, k: Tensor, v: Tensor, keys: int) -> None:
         """Let the first `keys` rows of k, v [B, H_kv, capacity, D] be there, the last of them new."""
         self.k, self.v = k[:, :, :keys], v[:, :, :keys]
 
+    @abstractmethod
     def attend(self, q: Tensor) -> Tensor:
         """q [B, H, T, D] of the newest T keys -> [B, T, H, D], contiguous."""
-        raise NotImplementedError
 
 
 class Dense(Side):

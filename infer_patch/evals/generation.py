@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from infer_patch.cache import cache_bytes
+from infer_patch.cache_memory import cache_bytes
 from infer_patch.errors import PatchError
 from infer_patch.evals.cost import MemoryMeter
 

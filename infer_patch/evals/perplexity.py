@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from infer_patch.cache import cache_bytes
+from infer_patch.cache_memory import cache_bytes
 from infer_patch.errors import PatchError
 from infer_patch.evals.generation import BatchTrace
 from infer_patch.evals.haystack import build_haystack

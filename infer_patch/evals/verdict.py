@@ -82,9 +82,8 @@ def _phase(phase: str, own: Interval, unpatched: Interval, at: str) -> str:
 
 
 def _memory(own: Cost, unpatched: Cost) -> list[str]:
-    if own["cache_bytes"] == unpatched["cache_bytes"]:
-        return []
-    return [f"cache {megabytes(own['cache_bytes'])} instead of {megabytes(unpatched['cache_bytes'])}"]
+    size, before = megabytes(own["cache_bytes"]), megabytes(unpatched["cache_bytes"])
+    return [] if size == before else [f"cache {size} instead of {before}"]
 
 
 def megabytes(count: float) -> str:
