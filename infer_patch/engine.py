@@ -54,9 +54,12 @@ class Engine:
         self.calibrators = self._by_port("calibrate")
         self.stores = {i: r for i, (r,) in self._by_port("store").items()}
         self.observers: dict[int, list[Runtime]] = {}
+        self.watchers: dict[int, list[Runtime]] = {}
         for _, _, runtime in self.methods:
-            for layer in runtime.observes:
-                self.observers.setdefault(layer, []).append(runtime)
+            for asked, layers in ((self.observers, runtime.observes), (self.watchers, runtime.watches)):
+                for layer in layers:
+                    asked.setdefault(layer, []).append(runtime)
+        self._reads_images = bool(self.reducers) or any(runtime.reads_images for _, _, runtime in self.methods)
         self.first_reduced = min(self.reducers, default=parts.num_layers)
         self._thread = ThreadState()
         self._installation = Installation(parts)
@@ -82,7 +85,9 @@ class Engine:
             installation.add_ports(self._port)
             for module in self.parts.path if self.methods else ():
                 installation.add_hooks(module, self._enter, self._leave, always=True)
-            for number in range(self.first_reduced, self.parts.num_layers):
+            for number in range(self.parts.num_layers):
+                if number < self.first_reduced and number not in self.watchers:
+                    continue
                 gather, scatter = LayerHook(self, number, "_gather"), LayerHook(self, number, "_scatter")
                 installation.add_hooks(self.parts.layers[number], gather, scatter)
         except BaseException:
@@ -166,7 +171,7 @@ class Engine:
             length=length,
             past=past,
             mask=padding_mask(inputs.get("attention_mask"), past + length, source.device),
-            image=self._images(inputs, batch, length) if self.reducers and length > 1 else None,
+            image=self._images(inputs, batch, length) if self._reads_images and length > 1 else None,
             device=source.device,
         )
         use_cache = given.get("use_cache")
@@ -218,7 +223,7 @@ class Engine:
         swaps = []
         for i, held in enumerate(cache.layers):
             store = self.stores.get(i)
-            wanted = i in self.selectors or (tokens.image is not None and i >= self.first_reduced)
+            wanted = i in self.selectors or i in self.calibrators or (tokens.image is not None and i >= self.first_reduced)
             if isinstance(held, IndexedLayer):
                 if held.made_by is store:
                     continue
@@ -240,9 +245,13 @@ class Engine:
     def _gather(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a layer: drop what reducers drop here, and hand on only the surviving rows."""
         run = self._thread.run
-        if run is None or run.tokens.image is None:
+        if run is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
+        for runtime in self.watchers.get(number, ()):
+            runtime.watch(number, hidden, run.tokens)
+        if run.tokens.image is None:
+            return None
         if number == 0:
             run.layer_input = hidden
         self._ask_reducers(number, run)

@@ -119,6 +119,8 @@ class Runtime:
     """
 
     observes: frozenset[int] = frozenset()
+    watches: frozenset[int] = frozenset()
+    reads_images = False  # does it need `tokens.image`? Methods with a reduce port get it anyway
 
     def __init__(self, config: Method, parts: ModelParts, layers: tuple[int, ...]):
         self.config = config
@@ -127,6 +129,12 @@ class Runtime:
 
     def observe(self, layer: int, call: AttentionCall) -> None:
         """See queries and keys of a layer in `observes`, before its attention runs."""
+
+    def watch(self, layer: int, hidden: torch.Tensor, tokens: Tokens) -> None:
+        """See the hidden states [B, T, C] that enter a layer in `watches`, before `reduce` is asked.
+
+        All T tokens are there; one that was dropped has the state it left with. Padding is in it too (`tokens.is_new`).
+        """
 
     def reduce(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
         """Which tokens enter `layer`: bool [B, T] over the tokens of this call, or None for all."""
