@@ -46,17 +46,21 @@ def attend(
                 runtime.observe(layer, call)
     output = weights = None
     held = run.held(layer)
-    if held is not None and held.attends:
+    if held is not None and not held.attends:
+        held = None
+    if held is not None:
         if kwargs.get("dropout"):
             raise UnsupportedCallError(DROPOUT)
         output = held.attention(inputs, mask)
         if held.counted is not None and layer in engine.stores:
             name = engine.stores[layer].config.name
             engine.stats.selected(name, layer, *held.counted, decode=q.shape[2] == 1)
-    elif layer in engine.selectors:
+    if output is None and layer in engine.selectors:
         output = _sparse(engine.selectors[layer], inputs, mask, kwargs, engine.stats)
     if output is None:
-        output, weights = port.dense(module, q, k, v, _dense_mask(inputs, mask), **kwargs)
+        output, weights = port.dense(module, q, inputs.k, inputs.v, _dense_mask(inputs, mask), **kwargs)
+    if held is not None:
+        held.attended(inputs)
     for runtime in engine.calibrators.get(layer, ()):
         output = _calibrated(runtime, inputs, output, engine.stats)
     return output, weights

@@ -188,7 +188,10 @@ class Engine:
         for i, runtime in self.stores.items():
             if (held := run.held(i)) is None:
                 continue
-            self.stats.methods[runtime.config.name].stored[i] = (held.rows, held.length)
+            stats = self.stats.methods[runtime.config.name]
+            stats.stored[i] = (held.rows, held.length)
+            if runtime.config.keeps_packed():
+                stats.stored_bytes[i] = (held.bytes_by_precision(), held.unquantised_bytes())
 
     def _images(self, inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
         ids = inputs.get("input_ids")
@@ -223,7 +226,9 @@ class Engine:
         swaps = []
         for i, held in enumerate(cache.layers):
             store = self.stores.get(i)
-            wanted = i in self.selectors or i in self.calibrators or (tokens.image is not None and i >= self.first_reduced)
+            wanted = (
+                i in self.selectors or i in self.calibrators or (tokens.image is not None and i >= self.first_reduced)
+            )
             if isinstance(held, IndexedLayer):
                 if held.made_by is store:
                     continue

@@ -74,6 +74,10 @@ class Method:
         """The ports this configuration uses (some options add one)."""
         return self.ports
 
+    def keeps_packed(self) -> bool:
+        """Whether its cache layers hold keys in a form that no other method can read."""
+        return False
+
     def applicable_layers(self, parts: ModelParts) -> tuple[int, ...]:
         """Layers of this model the method can serve; raise `UnsupportedModelError` if it cannot serve any."""
         return tuple(range(parts.num_layers))

@@ -26,6 +26,8 @@ class MethodStats:
     total: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens there were
     last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> (keep, image) of the last call
     stored: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> rows held, tokens seen (last call)
+    # layer -> bytes held by precision, and what the same tokens take unquantised (last call; packed caches only)
+    stored_bytes: dict[int, tuple[dict[str, int], int]] = field(default_factory=dict)
     calibrated: dict[int, int] = field(default_factory=dict)  # layer -> attention calls corrected
 
 
@@ -168,15 +170,28 @@ def _figures(stats: MethodStats) -> dict[str, Any]:
     if stats.stored:
         figures["rows_held"] = {i: rows for i, (rows, _) in sorted(stats.stored.items())}
         figures["tokens_seen"] = max(seen for _, seen in stats.stored.values())
+    if any(name.endswith(" bits") for held, _ in stats.stored_bytes.values() for name in held):
+        figures["bytes_by_precision"] = _summed([held for held, _ in stats.stored_bytes.values()])
+        figures["bytes_unquantised"] = sum(whole for _, whole in stats.stored_bytes.values())
     if stats.calibrated:
         figures["calls_calibrated"] = {i: stats.calibrated[i] for i in sorted(stats.calibrated)}
     figures["fired"] = bool(
         sum(stats.sparse_calls.values())
         or any(figures.get("visual_tokens_kept", {}).get(i) != n for i, n in figures.get("visual_tokens", {}).items())
         or any(rows < seen for rows, seen in stats.stored.values())
+        or "bytes_by_precision" in figures
         or stats.calibrated
     )
     return figures
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Dictionaries of counts added up, largest first."""
+    total: dict[str, int] = {}
+    for count in counts:
+        for name, n in count.items():
+            total[name] = total.get(name, 0) + n
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def _per_image(keep: Tensor, image: Tensor) -> list[list[list[int]]]:
@@ -200,8 +215,16 @@ def describe(figures: dict[str, Any]) -> str:
         first = min(figures["visual_tokens"], key=int)  # texts, where a report comes from a file
         kept = figures["visual_tokens_kept"][first]
         words.append(f"kept {kept} of {figures['visual_tokens'][first]} visual tokens from layer {first} on")
-    if "rows_held" in figures:
+    if "bytes_by_precision" in figures:
+        held, whole = figures["bytes_by_precision"], figures["bytes_unquantised"]
+        parts = ", ".join(f"{_size(n)} in {name}" for name, n in held.items())
+        words.append(f"cache of {parts}: {whole / sum(held.values()):.2f} x smaller than unquantised")
+    elif "rows_held" in figures:
         words.append(f"held at most {max(figures['rows_held'].values())} of {figures['tokens_seen']} cached tokens")
     if "calls_calibrated" in figures:
         words.append(f"corrected {sum(figures['calls_calibrated'].values())} attention calls")
     return "; ".join(words) if figures["fired"] else "; ".join(["NEVER FIRED", *words])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
