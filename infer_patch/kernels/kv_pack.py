@@ -5,7 +5,7 @@ neighbouring tokens look alike. A value is divided by its channel's factor c = s
 a step and a minimum per token. All parameters are fp16: minima rounded down and steps rounded up, and codes taken from
 the rounded parameters, so that every element is within half a stored step:
     |k' - k| <= key_step / 2        |v' - v| <= channel * value_step / 2
-Whatever lies beyond the range of fp16 (65504) is clipped to it. Bytes are planar: with f = 8 / bits, byte i of a row
+Keys beyond the range of fp16 (65504) are clipped to it. Bytes are planar: with f = 8 / bits, byte i of a row
 of D holds the channels i, i + D / f, i + 2 D / f, ..., the first in its lowest bits.
 """
 
