@@ -35,6 +35,8 @@ class Policy:
         Queries whose attention tells what is important: the newest of a call, and others drawn from it.
     seed : int
         Of that draw.
+    evicts : bool
+        Tokens that are not important are forgotten instead of kept in `other_bits`.
     """
 
     bits: int = 4
@@ -48,23 +50,24 @@ class Policy:
     recent_probes: int = 64
     random_probes: int = 64
     seed: int = 0
+    evicts: bool = False
 
     @property
     def mixed(self) -> bool:
-        """Whether tokens differ in bits, so that scores are needed."""
-        return self.bits != self.other_bits and 0 < self.important < 1
+        """Whether tokens are treated differently, so that scores are needed."""
+        return (self.evicts or self.bits != self.other_bits) and 0 < self.important < 1
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The bits in use, important tokens first."""
-        if self.mixed:
+        if self.mixed and not self.evicts:
             return self.bits, self.other_bits
         return (self.other_bits if self.important == 0 else self.bits,)
 
     @property
     def packs(self) -> bool:
-        """Whether anything is quantised at all."""
-        return any(bits != PLAIN for bits in self.widths)
+        """Whether keys and values are kept in pools at all."""
+        return self.evicts or any(bits != PLAIN for bits in self.widths)
 
     def choose(self, mass: Tensor, seen: Tensor) -> Tensor:
         """The important tokens among those about to be packed, of one sample.
@@ -100,6 +103,13 @@ class Probes:
     positions: Tensor
 
 
+def probe_rows(count: int, recent: int, random: int, seed: int) -> Tensor:
+    """The newest `recent` of `count` rows and `random` of the others, without replacement: int64 [m], ascending."""
+    older = max(count - recent, 0)
+    drawn = torch.randperm(older, generator=torch.Generator().manual_seed(seed))[:random].sort().values
+    return torch.cat([drawn, torch.arange(older, count)])
+
+
 def draw_probes(new: NewTokens, positions: Tensor, recent: int, random: int, seed: int) -> Probes:
     """The newest `recent` tokens of each sample's call and `random` older ones of it, without replacement.
 
@@ -109,9 +119,7 @@ def draw_probes(new: NewTokens, positions: Tensor, recent: int, random: int, see
     width = max(min(recent + random, max(new.counts)), 1)
     rows = torch.full((len(new.counts), width), -1)
     for sample, count in enumerate(new.counts):
-        older = max(count - recent, 0)
-        drawn = torch.randperm(older, generator=torch.Generator().manual_seed(seed))[:random].sort().values
-        chosen = torch.cat([drawn, torch.arange(older, count)])
+        chosen = probe_rows(count, recent, random, seed)
         if new.real is not None:
             chosen = new.real[sample].nonzero()[:, 0].cpu()[chosen]
         rows[sample, : len(chosen)] = chosen

@@ -33,7 +33,8 @@ class PackedLayer(IndexedLayer):
     After attention, tokens that are no longer recent are packed, `window` of them or a multiple; a policy that tells
     important tokens from others scores them then, by the attention that the queries of the call pay to them.
 
-    Padding is not stored. Where the bits of tokens differ, their numbers are kept beside them (4 bytes a token).
+    A policy may also forget what is not important. Padding is not stored. Where the bits of tokens differ, their
+    numbers are kept beside them (4 bytes a token).
     """
 
     attends = True
@@ -204,21 +205,26 @@ class PackedLayer(IndexedLayer):
 
     def _pack_by_importance(self, inputs: LayerInputs, new: NewTokens, due: list[int]) -> None:
         policy = self.policy
-        scores = self._scores_of_the_call(inputs, new) if self._dense else None
-        for b, count in enumerate(due):
-            if not count:
-                continue
-            if scores is not None:
-                first = policy.sinks + self.packed[b]
+        known = inputs.run.tokens.shared.get(("important", inputs.layer), {})
+        samples = [b for b, count in enumerate(due) if count]
+        dense = self._dense and not all(b in known for b in samples)
+        scores = self._scores_of_the_call(inputs, new) if dense else None
+        for b in samples:
+            first, count = policy.sinks + self.packed[b], due[b]
+            if b in known:  # of the first call of a text, whose tokens are numbered as they stand
+                important = known[b][None, first : first + count]
+            elif scores is not None:
                 at = scores[2][b, first : first + count]
-                mass, seen = scores[0][b][:, at], scores[1][b, at]
+                important = policy.choose(scores[0][b][:, at], scores[1][b, at])
             else:
-                mass, seen = self._scores_of_the_tail(inputs, new, b, count)
-            important = policy.choose(mass, seen)
+                important = policy.choose(*self._scores_of_the_tail(inputs, new, b, count))
             for pool, chosen in zip(self.pools, (important, ~important)):
                 rows = chosen.nonzero()[:, 1].view(1, len(chosen), -1) + policy.sinks
                 if rows.shape[2]:
-                    self._move(pool, [b], rows, tell=True)
+                    self._move(pool, [b], rows, tell=not policy.evicts)
+            if policy.evicts:
+                self.numbers.drop(b, first + (~important[0]).nonzero()[:, 0])
+                self.rows = max(self.numbers.counts)
 
     def _scores_of_the_call(self, inputs: LayerInputs, new: NewTokens) -> tuple[Tensor, Tensor, Tensor]:
         """Attention mass of all keys of a dense call, the probes that see them, and where token numbers stand."""

@@ -95,6 +95,16 @@ class TokenNumbers:
             self._known = self._known[:, : max(self.counts)]
             self.dropped |= new.real is None or new.rows < new.length
 
+    def drop(self, sample: int, numbers: Tensor) -> None:
+        """Take these tokens of a sample out: the ones after them move up."""
+        if not len(numbers):
+            return
+        listed = self.logical(numbers.device).clone()
+        listed[sample, numbers] = INVALID
+        self.counts[sample] -= len(numbers)
+        self._known, self.dropped = listed.sort(1).values[:, : max(self.counts)], True
+        self._known_counts = list(self.counts)
+
     def logical(self, device: torch.device) -> Tensor:
         """Logical index of every numbered token, int64 [B, max(counts)], `INVALID` at the end of shorter samples."""
         most = max(self.counts)

@@ -29,6 +29,8 @@ class MethodStats:
     # layer -> bytes held by precision, and what the same tokens take unquantised (last call; packed caches only)
     stored_bytes: dict[int, tuple[dict[str, int], int]] = field(default_factory=dict)
     calibrated: dict[int, int] = field(default_factory=dict)  # layer -> attention calls corrected
+    # layer -> prompt tokens that took part in attention, and prompt tokens there were
+    attending: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,6 +88,12 @@ class Stats:
         stats.read[phase][layer] = stats.read[phase].get(layer, 0) + read
         stats.causal[phase][layer] = stats.causal[phase].get(layer, 0) + causal
         stats.sparse_calls[phase] += 1
+
+    def attended(self, name: str, layer: int, kept: int, tokens: int) -> None:
+        """Of so many prompt tokens, so many took part in a layer's attention."""
+        counts = self.methods[name].attending
+        before = counts.get(layer, (0, 0))
+        counts[layer] = before[0] + kept, before[1] + tokens
 
     def dense(self, name: str, reason: str) -> None:
         calls = self.methods[name].dense_calls
@@ -163,6 +171,8 @@ def _figures(stats: MethodStats) -> dict[str, Any]:
         figures["share_read"] = {i: round(read / causal, 4) for i, (read, causal) in sums.items()}
         figures["blocks"] = {phase: counts for phase, counts in blocks.items() if counts}
         figures["sparse_calls"], figures["dense_calls"] = dict(stats.sparse_calls), dict(stats.dense_calls)
+    if stats.attending:
+        figures["tokens_attending"] = {i: round(k / n, 4) for i, (k, n) in sorted(stats.attending.items())}
     if stats.total:
         figures["visual_tokens_kept"] = {i: int(stats.kept[i]) for i in sorted(stats.kept)}
         figures["visual_tokens"] = {i: int(stats.total[i]) for i in sorted(stats.total)}
@@ -211,6 +221,9 @@ def describe(figures: dict[str, Any]) -> str:
         words.append(f"read {share:.0%} of the causal key blocks in {len(figures['share_read'])} layers")
     for reason, calls in figures.get("dense_calls", {}).items():
         words.append(f"{calls} attention calls ran dense ({reason})")
+    if "tokens_attending" in figures:
+        shares = figures["tokens_attending"].values()
+        words.append(f"{min(shares):.0%} to {max(shares):.0%} of the prompt took part in attention, layer by layer")
     if "visual_tokens" in figures:
         first = min(figures["visual_tokens"], key=int)  # texts, where a report comes from a file
         kept = figures["visual_tokens_kept"][first]
@@ -219,11 +232,15 @@ def describe(figures: dict[str, Any]) -> str:
         held, whole = figures["bytes_by_precision"], figures["bytes_unquantised"]
         parts = ", ".join(f"{_size(n)} in {name}" for name, n in held.items())
         words.append(f"cache of {parts}: {whole / sum(held.values()):.2f} x smaller than unquantised")
-    elif "rows_held" in figures:
+    if "rows_held" in figures and ("bytes_by_precision" not in figures or _evicted(figures)):
         words.append(f"held at most {max(figures['rows_held'].values())} of {figures['tokens_seen']} cached tokens")
     if "calls_calibrated" in figures:
         words.append(f"corrected {sum(figures['calls_calibrated'].values())} attention calls")
     return "; ".join(words) if figures["fired"] else "; ".join(["NEVER FIRED", *words])
+
+
+def _evicted(figures: dict[str, Any]) -> bool:
+    return any(rows < figures["tokens_seen"] for rows in figures["rows_held"].values())
 
 
 def _size(count: int) -> str:

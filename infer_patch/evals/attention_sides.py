@@ -27,6 +27,7 @@ from infer_patch.errors import PatchError, PlanError
 from infer_patch.evals.stopwatch import Stopwatch
 from infer_patch.families import ModelParts, describe
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
+from infer_patch.kernels.subset_attention import TokenSubset
 from infer_patch.plan import Plan
 from infer_patch.run import Run
 from infer_patch.stats import make_report
@@ -111,7 +112,7 @@ class PlanSide(Side):
         super().__init__(plan.name)
         self.engine = Engine(parts, plan)
         self.layer = _layer(self.engine, plan, layer)
-        self.choice: BlockMask | str | None = None
+        self.choice: BlockMask | TokenSubset | str | None = None
         self.selection: list[tuple[Any, Any]] = []
         self._watch = watch
         self._run: Run | None = None
@@ -152,7 +153,7 @@ class _Timed:
     def __init__(self, side: PlanSide, runtime: Any):
         self._side, self._runtime = side, runtime
 
-    def select(self, layer: int, call: Any) -> BlockMask | str:
+    def select(self, layer: int, call: Any) -> BlockMask | TokenSubset | str:
         begin = self._side._watch.mark()
         self._side.choice = choice = self._runtime.select(layer, call)
         self._side.selection.append((begin, self._side._watch.mark()))
@@ -226,7 +227,7 @@ class Flex(Side):
             return
         choice, (batch, kv_heads, length, _) = self._plan.choice, self.k.shape
         if not isinstance(choice, BlockMask):
-            raise PlanError(f"{self._plan.name} gave no lists" + (f": {choice}" if choice else ""))
+            raise PlanError(f"{self._plan.name} gave no lists" + (f": {choice}" if isinstance(choice, str) else ""))
         causal = causal_blocks(length, length, choice.block_q, choice.block_k) * batch * kv_heads
         self.kept_share = round(float(choice.blocks_read(batch, kv_heads)) / causal, 4)
         self._mask = flex_mask(choice, batch, self._plan.engine.parts.num_heads, length)
