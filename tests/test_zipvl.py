@@ -1,5 +1,6 @@
 """ZipVL: the budget, the membership, attention among important tokens only, and what the cache keeps of the others."""
 
+import itertools
 import warnings
 
 import pytest
@@ -240,7 +241,7 @@ def test_decoding_judges_one_window_after_another(unimportant):
     assert logits.isfinite().all() and cache.get_seq_length() == 190
     packs = [tuple(before), *dict.fromkeys(s for s in seen if s != tuple(before))]
     assert len(packs) > 2
-    grown = [b[0] - a[0] for a, b in zip(packs, packs[1:]) if b[0] != a[0]]
+    grown = [b[0] - a[0] for a, b in itertools.pairwise(packs) if b[0] != a[0]]
     assert all(g == 32 for g in grown) if unimportant == "quantise" else all(0 < g <= 32 for g in grown)
     tail = cache.layers[0].tail
     assert all(20 <= rows < 20 + 32 for rows in tail.filled)

@@ -52,6 +52,10 @@ class Side(ABC):
         """Let the first `keys` rows of k, v [B, H_kv, capacity, D] be there, the last of them new."""
         self.k, self.v = k[:, :, :keys], v[:, :, :keys]
 
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(x.numel() * x.element_size() for x in (self.k, self.v))
+
     @abstractmethod
     def attend(self, q: Tensor) -> Tensor:
         """q [B, H, T, D] of the newest T keys -> [B, T, H, D], contiguous."""
@@ -128,21 +132,23 @@ class PlanSide(Side):
         self._cache.layers = [*(DynamicLayer() for _ in range(self.layer)), self._held]
 
     def extend(self, k: Tensor, v: Tensor, keys: int) -> None:
+        self.engine.stats.reset()
         past = self._held.get_seq_length()
         tokens = Tokens(k.shape[0], keys - past, past, mask=None, image=None, device=k.device)
         self._held.expect(tokens, None)
         self.k, self.v = self._held.update(k[:, :, past:keys], v[:, :, past:keys])
         self._stage.run = Run(tokens, self._cache, False)
 
+    def cache_bytes(self) -> int:
+        return self._held.nbytes()
+
     def attend(self, q: Tensor) -> Tensor:
         module = self.engine.parts.attentions[self.layer]
         out, _ = attend(cast(Engine, self._stage), self._port, module, q, self.k, self.v, None, {})
         return out
 
-    def kept_share(self, q: Tensor) -> float | None:
-        """Share of the causal key blocks that one more `attend` reads; None where no blocks are counted."""
-        self.engine.stats.reset()
-        self.attend(q)
+    def kept_share(self) -> float | None:
+        """Share of the causal key blocks read since `extend`; None where no blocks are counted."""
         figures = make_report(self.engine.stats, "", "").methods.values()
         return next((f["share_read"][self.layer] for f in figures if f.get("share_read")), None)
 
