@@ -113,12 +113,12 @@ class PackedLayer(IndexedLayer):
         if numbers.plain and not any(self.packed):
             self.view = KeyView(self.length)
             return tail.rows()
-        columns = self._columns()
-        width = max(numbers.counts) if numbers.dropped else self.length
+        width = max(*numbers.counts, new.rows) if numbers.dropped else self.length
+        columns = self._columns(width)
         if numbers.dropped:
-            if new.real is not None and new.rows == new.length:
+            if new.real is not None and not bool((new.real[:, 1:] >= new.real[:, :-1]).all()):
                 raise UnsupportedCallError(
-                    "padding came after tokens were dropped from this cache; continue with samples of equal length."
+                    "padding stands behind new tokens, and tokens were dropped from this cache; pad on the left."
                 )
             start = tuple(width - count for count in numbers.counts)
             positions = torch.full((len(start), width + 1), INVALID, device=self.device)
@@ -138,14 +138,14 @@ class PackedLayer(IndexedLayer):
             x.scatter_(2, goal.expand(-1, x.shape[1], -1, x.shape[3]), rows)
         return out[0][:, :, :width], out[1][:, :, :width]
 
-    def _columns(self) -> Tensor:
+    def _columns(self, width: int) -> Tensor:
         """Where each token number stands in `_everything`, int64 [B, max(counts)]; one past its end for none."""
-        counts, most = self.numbers.counts, max(self.numbers.counts)
+        counts = self.numbers.counts
         if not self.numbers.dropped:
             return self.numbers.logical(self.device).clamp(max=self.length)
-        number = torch.arange(most, device=self.device)
+        number = torch.arange(max(counts), device=self.device)
         count = torch.tensor(counts, device=self.device)[:, None]
-        return torch.where(number < count, number + (most - count), most)
+        return torch.where(number < count, number + (width - count), width)
 
     # Attention
 
@@ -239,7 +239,7 @@ class PackedLayer(IndexedLayer):
             drawn = policy.recent_probes, policy.random_probes, policy.seed
             tokens.shared[key] = draw_probes(new, positions[:, -new.rows :], *drawn), new
         mass, seen = attention_mass(inputs.q, inputs.k, inputs.scale, tokens.shared[key][0], positions)
-        return mass, seen, self._columns()
+        return mass, seen, self._columns(view.rows)
 
     def _scores_of_the_tail(self, inputs: LayerInputs, new: NewTokens, b: int, count: int) -> tuple[Tensor, Tensor]:
         """Attention mass within the rows of the tail that are due, from all queries of a call of few."""

@@ -18,7 +18,7 @@ STAGES = HiP(
     variant="stages", chunks=(32, 8), keep=(64, 16), stage_strides=(2, 1), stage_refresh=(1, 1), window=65, **SMALL
 )
 # prompts of the miniatures are short, and their random weights read all tokens alike
-ZIP = dict(tau=0.7, dense_below=64, recent=16, window=32, group=32, recent_probes=16, random_probes=16)
+ZIP = dict(tau=0.7, dense_below=128, recent=48, window=32, group=32, recent_probes=16, random_probes=16)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class Rounds:
         other than for memory, is a mistake that must show."""
         try:
             self._begin(side)
+            if self.decode:
+                side.extend(self.k, self.v, self.length + 1)
             side.attend(self.q[:, :, :1] if self.decode else self.q)
         except expected as error:
             self.skipped[side.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
