@@ -8,6 +8,7 @@ few large tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ class Slab:
         self.tokens: Tensor | None = None
         self.partial = False  # whether any group has fillers
         self._view: Groups | None = None
+        self._group_bytes: int | None = None
 
     def append(self, samples: Sequence[int], groups: Groups, first: Sequence[int], tokens: Tensor | None) -> None:
         """Add n groups to each of the samples: groups [b, H_kv, n, ...], tokens [b, H_kv or 1, n, size]."""
@@ -115,9 +117,13 @@ class Slab:
         self._view = None
 
     def group_bytes(self) -> int:
-        """Bytes of one group."""
-        held = {name: x for name, x in self._held().items() if name != "valid"}
-        return sum(x[0, :, 0].numel() * x.element_size() for x in held.values())
+        """Bytes of one group: always the same, and asked for at every step."""
+        if self._group_bytes is None:
+            held = [x for name, x in self._held().items() if name != "valid"]
+            if not held:
+                return 0
+            self._group_bytes = sum(math.prod((x.shape[1], *x.shape[3:])) * x.element_size() for x in held)
+        return self._group_bytes
 
 
 class Pool:

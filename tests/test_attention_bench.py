@@ -307,7 +307,6 @@ def test_packed_caches_stand_beside_the_others():
     for name in ("packed", "zipped"):
         assert rows[640, name]["ran_dense"] is None and rows[640, name]["kept_share"] is None
         assert 0 < rows[640, name]["cache_bytes"] < 0.5 * whole  # recent tokens and head size 16 weigh a lot
-    assert rows[640, "zipped"]["cache_bytes"] < rows[640, "packed"]["cache_bytes"]
     said = smaller_caches(list(rows.values()))
     assert len(said) == 3 and said[0].startswith("packed at 640 tokens: a cache layer of ")
 
