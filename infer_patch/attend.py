@@ -11,6 +11,7 @@ from infer_patch.errors import UnsupportedCallError
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention
 from infer_patch.kernels.dense_attention import dense_attention
+from infer_patch.kernels.subset_attention import BLOCK, TokenSubset, subset_attention
 from infer_patch.method import Runtime
 from infer_patch.run import AttentionCall, LayerInputs
 from infer_patch.stats import Stats
@@ -46,17 +47,21 @@ def attend(
                 runtime.observe(layer, call)
     output = weights = None
     held = run.held(layer)
-    if held is not None and held.attends:
+    if held is not None and not held.attends:
+        held = None
+    if held is not None:
         if kwargs.get("dropout"):
             raise UnsupportedCallError(DROPOUT)
         output = held.attention(inputs, mask)
         if held.counted is not None and layer in engine.stores:
             name = engine.stores[layer].config.name
             engine.stats.selected(name, layer, *held.counted, decode=q.shape[2] == 1)
-    elif layer in engine.selectors:
+    if output is None and layer in engine.selectors:
         output = _sparse(engine.selectors[layer], inputs, mask, kwargs, engine.stats)
     if output is None:
-        output, weights = port.dense(module, q, k, v, _dense_mask(inputs, mask), **kwargs)
+        output, weights = port.dense(module, q, inputs.k, inputs.v, _dense_mask(inputs, mask), **kwargs)
+    if held is not None:
+        held.attended(inputs)
     for runtime in engine.calibrators.get(layer, ()):
         output = _calibrated(runtime, inputs, output, engine.stats)
     return output, weights
@@ -96,12 +101,7 @@ def _sparse(runtime: Runtime, inputs: LayerInputs, mask: Any, kwargs: dict[str, 
         _count(runtime.config.name, inputs.layer, call, choice, stats)
     if all(isinstance(choice, str) for choice in choices) and not any(inputs.view.evicted):
         return None
-    parts = [
-        block_sparse_attention(call.q, call.k, call.v, choice, inputs.scale)
-        if isinstance(choice, BlockMask)
-        else dense_attention(call.q, call.k, call.v, inputs.scale)
-        for call, choice in zip(calls, choices)
-    ]
+    parts = [_attention(call, choice) for call, choice in zip(calls, choices)]
     if len(parts) == 1 and parts[0].shape[:3] == inputs.q.shape[:3]:
         return parts[0].transpose(1, 2).contiguous()
     output = inputs.q.new_zeros(*inputs.q.shape[:3], inputs.v.shape[-1])
@@ -110,12 +110,26 @@ def _sparse(runtime: Runtime, inputs: LayerInputs, mask: Any, kwargs: dict[str, 
     return output.transpose(1, 2).contiguous()
 
 
-def _count(name: str, layer: int, call: AttentionCall, choice: BlockMask | str, stats: Stats) -> None:
+def _attention(call: AttentionCall, choice: BlockMask | TokenSubset | str) -> Tensor:
+    """[b, H, T, D] of one call."""
+    if isinstance(choice, BlockMask):
+        return block_sparse_attention(call.q, call.k, call.v, choice, call.scale)
+    if isinstance(choice, TokenSubset):
+        return subset_attention(call.q, call.k, call.v, choice, call.scale)
+    return dense_attention(call.q, call.k, call.v, call.scale)
+
+
+def _count(name: str, layer: int, call: AttentionCall, choice: BlockMask | TokenSubset | str, stats: Stats) -> None:
     if isinstance(choice, str):
         stats.dense(name, choice)
         return
     batch, kv_heads, keys, _ = call.k.shape
-    causal = causal_blocks(call.q.shape[2], keys + call.evicted, choice.block_q, choice.block_k)
+    if isinstance(choice, TokenSubset):
+        sizes = BLOCK, BLOCK
+        stats.attended(name, layer, sum(choice.counts), batch * keys)
+    else:
+        sizes = choice.block_q, choice.block_k
+    causal = causal_blocks(call.q.shape[2], keys + call.evicted, *sizes)
     read = choice.blocks_read(batch, kv_heads)
     stats.selected(name, layer, read, causal * batch * kv_heads, decode=call.q.shape[2] == 1)
 

@@ -166,13 +166,17 @@ class IndexedLayer(CacheLayerMixin):
         self.start, self.rows, self.state, self._buffers = reduction.start, reduction.rows, {}, []
         self.keys, self.values = held
 
-    def attention(self, inputs: LayerInputs, mask: Any) -> Tensor:
+    def attention(self, inputs: LayerInputs, mask: Any) -> Tensor | None:
         """Attention of the new queries to what this layer keeps, for layers that set `attends`: [B, T, H, D].
 
         Such a layer may keep keys and values in any form. Its `update` may hand on whatever `inputs.k` and `inputs.v`
         should be (the new rows alone, say), as long as `view` describes that; `mask` is the mask the model asked for.
+        None leaves it to the engine: attention over `inputs`, in which k, v and view may have been replaced.
         """
         raise TypeError(f"{type(self).__name__} leaves attention to the engine")
+
+    def attended(self, inputs: LayerInputs) -> None:
+        """Attention to the tokens of the last `update` is done (asked of layers that set `attends`)."""
 
     # What transformers needs
 
@@ -272,6 +276,14 @@ class IndexedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of the rows held and of what methods keep beside them (not of the space allocated ahead)."""
         return sum(t.numel() * t.element_size() for t in tensors_in([self.keys, self.values, self.state]))
+
+    def bytes_by_precision(self) -> dict[str, int]:
+        """`nbytes` by the name of the dtype or the width ("bfloat16", "4 bits")."""
+        return {str(self.dtype).removeprefix("torch."): self.nbytes()} if self.is_initialized else {}
+
+    def unquantised_bytes(self) -> int:
+        """What the same tokens would take in the model's own precision."""
+        return self.nbytes()
 
     @classmethod
     def can_adopt(cls, layer: Any) -> bool:

@@ -188,7 +188,10 @@ class Engine:
         for i, runtime in self.stores.items():
             if (held := run.held(i)) is None:
                 continue
-            self.stats.methods[runtime.config.name].stored[i] = (held.rows, held.length)
+            stats = self.stats.methods[runtime.config.name]
+            stats.stored[i] = (held.rows, held.length)
+            if runtime.config.keeps_packed():
+                stats.stored_bytes[i] = (held.bytes_by_precision(), held.unquantised_bytes())
 
     def _images(self, inputs: dict[str, Any], batch: int, length: int) -> Tensor | None:
         ids = inputs.get("input_ids")

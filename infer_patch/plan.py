@@ -149,4 +149,6 @@ def _conflict(first: Method, second: Method) -> str | None:
     for x, y in ((first, second), (second, first)):
         if "calibrate" in x.active_ports() and "select" in y.active_ports():
             return f"{x.name} redistributes whole attention rows, and {y.name} leaves most of each row unread"
+        if x.keeps_packed() and {"select", "calibrate"} & set(y.active_ports()):
+            return f"{x.name} packs keys and values, and {y.name} has to read them"
     return None

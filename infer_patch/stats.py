@@ -26,7 +26,11 @@ class MethodStats:
     total: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens there were
     last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> (keep, image) of the last call
     stored: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> rows held, tokens seen (last call)
+    # layer -> bytes held by precision, and what the same tokens take unquantised (last call; packed caches only)
+    stored_bytes: dict[int, tuple[dict[str, int], int]] = field(default_factory=dict)
     calibrated: dict[int, int] = field(default_factory=dict)  # layer -> attention calls corrected
+    # layer -> prompt tokens that took part in attention, and prompt tokens there were
+    attending: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,6 +88,12 @@ class Stats:
         stats.read[phase][layer] = stats.read[phase].get(layer, 0) + read
         stats.causal[phase][layer] = stats.causal[phase].get(layer, 0) + causal
         stats.sparse_calls[phase] += 1
+
+    def attended(self, name: str, layer: int, kept: int, tokens: int) -> None:
+        """Of so many prompt tokens, so many took part in a layer's attention."""
+        counts = self.methods[name].attending
+        before = counts.get(layer, (0, 0))
+        counts[layer] = before[0] + kept, before[1] + tokens
 
     def dense(self, name: str, reason: str) -> None:
         calls = self.methods[name].dense_calls
@@ -161,6 +171,8 @@ def _figures(stats: MethodStats) -> dict[str, Any]:
         figures["share_read"] = {i: round(read / causal, 4) for i, (read, causal) in sums.items()}
         figures["blocks"] = {phase: counts for phase, counts in blocks.items() if counts}
         figures["sparse_calls"], figures["dense_calls"] = dict(stats.sparse_calls), dict(stats.dense_calls)
+    if stats.attending:
+        figures["tokens_attending"] = {i: round(k / n, 4) for i, (k, n) in sorted(stats.attending.items())}
     if stats.total:
         figures["visual_tokens_kept"] = {i: int(stats.kept[i]) for i in sorted(stats.kept)}
         figures["visual_tokens"] = {i: int(stats.total[i]) for i in sorted(stats.total)}
@@ -168,15 +180,28 @@ def _figures(stats: MethodStats) -> dict[str, Any]:
     if stats.stored:
         figures["rows_held"] = {i: rows for i, (rows, _) in sorted(stats.stored.items())}
         figures["tokens_seen"] = max(seen for _, seen in stats.stored.values())
+    if any(name.endswith(" bits") for held, _ in stats.stored_bytes.values() for name in held):
+        figures["bytes_by_precision"] = _summed([held for held, _ in stats.stored_bytes.values()])
+        figures["bytes_unquantised"] = sum(whole for _, whole in stats.stored_bytes.values())
     if stats.calibrated:
         figures["calls_calibrated"] = {i: stats.calibrated[i] for i in sorted(stats.calibrated)}
     figures["fired"] = bool(
         sum(stats.sparse_calls.values())
         or any(figures.get("visual_tokens_kept", {}).get(i) != n for i, n in figures.get("visual_tokens", {}).items())
         or any(rows < seen for rows, seen in stats.stored.values())
+        or "bytes_by_precision" in figures
         or stats.calibrated
     )
     return figures
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Dictionaries of counts added up, largest first."""
+    total: dict[str, int] = {}
+    for count in counts:
+        for name, n in count.items():
+            total[name] = total.get(name, 0) + n
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def _per_image(keep: Tensor, image: Tensor) -> list[list[list[int]]]:
@@ -196,12 +221,27 @@ def describe(figures: dict[str, Any]) -> str:
         words.append(f"read {share:.0%} of the causal key blocks in {len(figures['share_read'])} layers")
     for reason, calls in figures.get("dense_calls", {}).items():
         words.append(f"{calls} attention calls ran dense ({reason})")
+    if "tokens_attending" in figures:
+        shares = figures["tokens_attending"].values()
+        words.append(f"{min(shares):.0%} to {max(shares):.0%} of the prompt took part in attention, layer by layer")
     if "visual_tokens" in figures:
         first = min(figures["visual_tokens"], key=int)  # texts, where a report comes from a file
         kept = figures["visual_tokens_kept"][first]
         words.append(f"kept {kept} of {figures['visual_tokens'][first]} visual tokens from layer {first} on")
-    if "rows_held" in figures:
+    if "bytes_by_precision" in figures:
+        held, whole = figures["bytes_by_precision"], figures["bytes_unquantised"]
+        parts = ", ".join(f"{_size(n)} in {name}" for name, n in held.items())
+        words.append(f"cache of {parts}: {whole / sum(held.values()):.2f} x smaller than unquantised")
+    if "rows_held" in figures and ("bytes_by_precision" not in figures or _evicted(figures)):
         words.append(f"held at most {max(figures['rows_held'].values())} of {figures['tokens_seen']} cached tokens")
     if "calls_calibrated" in figures:
         words.append(f"corrected {sum(figures['calls_calibrated'].values())} attention calls")
     return "; ".join(words) if figures["fired"] else "; ".join(["NEVER FIRED", *words])
+
+
+def _evicted(figures: dict[str, Any]) -> bool:
+    return any(rows < figures["tokens_seen"] for rows in figures["rows_held"].values())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -6,7 +6,7 @@ from pathlib import Path
 from miniatures import MINIATURES, Miniature, text_inputs, vision_inputs
 
 from infer_patch import Method
-from infer_patch.patches import Envelope, FastV, HiP, MoA, RandomPruning, SinkWindow, VerticalSlash
+from infer_patch.patches import Envelope, FastV, HiP, KVQuant, MoA, RandomPruning, SinkWindow, VerticalSlash, ZipVL
 
 # spans of 128 tokens, 0.75 N - 64, 0.75 N and N, mixed over the query heads of the miniatures; and N throughout
 SPANS, DENSE_SPANS = (str(Path(__file__).parent / "data" / f"moa-plan{x}.json") for x in ("", "-dense"))
@@ -17,6 +17,8 @@ TREE = HiP(budget=16, tree_block=16, window=68, refresh=4, **SMALL)
 STAGES = HiP(
     variant="stages", chunks=(32, 8), keep=(64, 16), stage_strides=(2, 1), stage_refresh=(1, 1), window=65, **SMALL
 )
+# prompts of the miniatures are short, and their random weights read all tokens alike
+ZIP = dict(tau=0.7, dense_below=128, recent=48, window=32, group=32, recent_probes=16, random_probes=16)
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,23 @@ ROWS = [
     Row("hip", (TREE,), chunkable=False, draftable=False),
     Row("hip-stages", (STAGES,), chunkable=False, draftable=False),
     Row("hip-all", (HiP(budget=4096, dense_layers=0, dense_below=0),), neutral=True, fires=False),
+    # later calls read what was quantised, the first call of a text does not: it matters how a text is cut into calls;
+    # drafts come with the prompt, and queries that judge importance are drawn from both
+    Row("kv_quant", (KVQuant(bits=8, recent=48, window=32, group=32),), chunkable=False),
+    Row("kv_quant-mixed", (KVQuant(important=0.4, recent=48, window=32, group=32),), chunkable=False, draftable=False),
+    Row("kv_quant-recent", (KVQuant(recent=4096),), neutral=True, fires=False),
+    Row("kv_quant-16", (KVQuant(bits=16),), neutral=True, fires=False),
+    # the probes of a call choose for all of it; nothing before the call is in the gathered problem
+    Row("zipvl", (ZipVL(**ZIP),), chunkable=False, draftable=False),
+    Row("zipvl-evict", (ZipVL(unimportant="evict", skipped_rows="attend", **ZIP),), chunkable=False, draftable=False),
+    Row("zipvl-select", (ZipVL(bits=16, other_bits=16, **ZIP),), chunkable=False, draftable=False),
+    Row("zipvl-all", (ZipVL(tau=1.0, bits=16, other_bits=16, dense_below=0),), neutral=True, fires=False),
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
     Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),
+    Row("fastv+kv_quant", (FastV(layer=1), KVQuant(recent=16, window=16)), vision=True),
+    Row("fastv+zipvl", (FastV(layer=1), ZipVL(**ZIP)), vision=True),
     Row("fastv+sink_window", (FastV(layer=1), SinkWindow(window=64, evict=True)), vision=True),
 ]
 

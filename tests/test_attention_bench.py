@@ -9,13 +9,13 @@ from typer.testing import CliRunner
 from infer_patch.cli import app
 from infer_patch.errors import PatchError, PlanError
 from infer_patch.evals import attention_sides as sides
-from infer_patch.evals.attention_bench import Settings, measure, starts_to_win, warnings_of
+from infer_patch.evals.attention_bench import Settings, measure, smaller_caches, starts_to_win, warnings_of
 from infer_patch.evals.budgets import BUDGETS, always_sparse, budget_for_share, default_plans, with_budget
 from infer_patch.evals.stopwatch import Stopwatch
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention, token_mask
 from infer_patch.kernels.dense_attention import dense_attention
-from infer_patch.patches import Envelope, SinkWindow, VerticalSlash
+from infer_patch.patches import Envelope, KVQuant, SinkWindow, VerticalSlash, ZipVL
 from infer_patch.plan import Plan
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -144,7 +144,7 @@ def test_flex_attention_computes_what_the_lists_say():
     flex = sides.Flex(plan)
     flex.extend(k, v, 640)
     torch.testing.assert_close(flex.attend(q), expected, atol=1e-4, rtol=1e-4)
-    assert flex.kept_share == plan.kept_share(q)
+    assert flex.kept_share == plan.kept_share()
 
 
 def test_flex_says_why_it_cannot():
@@ -298,6 +298,17 @@ def test_bench_decode_with_a_share():
     rows = {r["side"]: r for r in document["results"]}
     assert document["dtype"] == "bfloat16" and set(default_plans()) < set(rows)
     assert rows["sink_window"]["kept_share"] == rows["envelope"]["kept_share"] == pytest.approx(5 / 21, abs=1e-4)
+
+
+def test_packed_caches_stand_beside_the_others():
+    plans = [Plan((KVQuant(window=32, recent=32),), "packed"), Plan((ZipVL(window=32, recent=32),), "zipped"), EVICTING]
+    rows = by_side(measure(plans, Settings("decode", (640,), **SMALL), CPU, FP32))
+    whole = rows[640, "dense"]["cache_bytes"]
+    for name in ("packed", "zipped"):
+        assert rows[640, name]["ran_dense"] is None and rows[640, name]["kept_share"] is None
+        assert 0 < rows[640, name]["cache_bytes"] < 0.5 * whole  # recent tokens and head size 16 weigh a lot
+    said = smaller_caches(list(rows.values()))
+    assert len(said) == 3 and said[0].startswith("packed at 640 tokens: a cache layer of ")
 
 
 def test_bench_refuses_in_one_line(tmp_path):

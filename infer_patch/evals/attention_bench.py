@@ -21,6 +21,7 @@ from infer_patch.evals.attention_rounds import CONTROL, DENSE, Rounds
 from infer_patch.evals.attention_sides import PlanSide, llama_parts
 from infer_patch.evals.budgets import always_sparse, budget_for_share, with_budget
 from infer_patch.evals.stopwatch import Stopwatch
+from infer_patch.evals.verdict import megabytes
 from infer_patch.plan import Plan
 
 NEVER = "never within the measured lengths"
@@ -147,6 +148,17 @@ def starts_to_win(results: Sequence[dict[str, Any]]) -> dict[str, int | None]:
                 break
             found[name] = result["length"]
     return found
+
+
+def smaller_caches(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Where a plan's cache layer holds fewer bytes than the keys and values it was given."""
+    whole = {r["length"]: r["cache_bytes"] for r in results if r["side"] == DENSE}
+    return [
+        f"{r['side']} at {r['length']:,} tokens: a cache layer of {megabytes(r['cache_bytes'])} instead of "
+        f"{megabytes(whole[r['length']])}."
+        for r in results
+        if r["kind"] == "plan" and r["cache_bytes"] < 0.95 * whole[r["length"]]
+    ]
 
 
 def warnings_of(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -79,6 +79,8 @@ class Rounds:
         other than for memory, is a mistake that must show."""
         try:
             self._begin(side)
+            if self.decode:
+                side.extend(self.k, self.v, self.length + 1)
             side.attend(self.q[:, :, :1] if self.decode else self.q)
         except expected as error:
             self.skipped[side.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -137,7 +139,7 @@ class Rounds:
             seconds, chosen, first = (held[side.name] for held in (self.times, self.selection, self.first))
             ratios = _ratios(seconds, self.times[DENSE])
             ratio = spread(ratios, 4)
-            kept, reason, peak = self._kept(side)
+            kept, reason, peak = self._kept(side)  # the last call of a side: what it holds is looked at next
             results.append(
                 {
                     "length": self.length,
@@ -155,6 +157,7 @@ class Rounds:
                     "kept_share": kept,
                     "efficiency": None if kept is None else round(kept / ratio["median"], 3),
                     "peak_extra_bytes": peak,
+                    "cache_bytes": side.cache_bytes(),
                     "verdict": None if side.name in (DENSE, CONTROL) else verdict(ratios, control, None),
                     "gb_per_s": self._bandwidth(kept, statistics.median(seconds)),
                     "raw_milliseconds": [round(scale * s, 4) for s in seconds],
@@ -175,7 +178,11 @@ class Rounds:
         q = self.q
         if self.decode:
             side.extend(self.k, self.v, self.length + 1)
-            q = q[:, :, :1]
+            side.attend(q[:, :, :1])  # after it a quantised cache is packed
+            side.extend(self.k, self.v, self.length + 2)
+            q = q[:, :, 1:2]
+            if isinstance(side, PlanSide):
+                side.choice = None
         self.watch.settle()
         with MemoryMeter(self.device) as memory:
             side.attend(q)
@@ -185,7 +192,7 @@ class Rounds:
         if not isinstance(side, PlanSide):
             return 1.0, None, memory.peak_bytes
         reason = side.choice if isinstance(side.choice, str) else None
-        return 1.0 if reason else side.kept_share(q), reason, memory.peak_bytes
+        return 1.0 if reason else side.kept_share(), reason, memory.peak_bytes
 
 
 def _turned(sides: list[Side], turn: int) -> list[Side]:

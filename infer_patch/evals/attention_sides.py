@@ -27,6 +27,7 @@ from infer_patch.errors import PatchError, PlanError
 from infer_patch.evals.stopwatch import Stopwatch
 from infer_patch.families import ModelParts, describe
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
+from infer_patch.kernels.subset_attention import TokenSubset
 from infer_patch.plan import Plan
 from infer_patch.run import Run
 from infer_patch.stats import make_report
@@ -50,6 +51,10 @@ class Side(ABC):
     def extend(self, k: Tensor, v: Tensor, keys: int) -> None:
         """Let the first `keys` rows of k, v [B, H_kv, capacity, D] be there, the last of them new."""
         self.k, self.v = k[:, :, :keys], v[:, :, :keys]
+
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(x.numel() * x.element_size() for x in (self.k, self.v))
 
     @abstractmethod
     def attend(self, q: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ class PlanSide(Side):
         super().__init__(plan.name)
         self.engine = Engine(parts, plan)
         self.layer = _layer(self.engine, plan, layer)
-        self.choice: BlockMask | str | None = None
+        self.choice: BlockMask | TokenSubset | str | None = None
         self.selection: list[tuple[Any, Any]] = []
         self._watch = watch
         self._run: Run | None = None
@@ -127,21 +132,23 @@ class PlanSide(Side):
         self._cache.layers = [*(DynamicLayer() for _ in range(self.layer)), self._held]
 
     def extend(self, k: Tensor, v: Tensor, keys: int) -> None:
+        self.engine.stats.reset()
         past = self._held.get_seq_length()
         tokens = Tokens(k.shape[0], keys - past, past, mask=None, image=None, device=k.device)
         self._held.expect(tokens, None)
         self.k, self.v = self._held.update(k[:, :, past:keys], v[:, :, past:keys])
         self._stage.run = Run(tokens, self._cache, False)
 
+    def cache_bytes(self) -> int:
+        return self._held.nbytes()
+
     def attend(self, q: Tensor) -> Tensor:
         module = self.engine.parts.attentions[self.layer]
         out, _ = attend(cast(Engine, self._stage), self._port, module, q, self.k, self.v, None, {})
         return out
 
-    def kept_share(self, q: Tensor) -> float | None:
-        """Share of the causal key blocks that one more `attend` reads; None where no blocks are counted."""
-        self.engine.stats.reset()
-        self.attend(q)
+    def kept_share(self) -> float | None:
+        """Share of the causal key blocks read since `extend`; None where no blocks are counted."""
         figures = make_report(self.engine.stats, "", "").methods.values()
         return next((f["share_read"][self.layer] for f in figures if f.get("share_read")), None)
 
@@ -152,7 +159,7 @@ class _Timed:
     def __init__(self, side: PlanSide, runtime: Any):
         self._side, self._runtime = side, runtime
 
-    def select(self, layer: int, call: Any) -> BlockMask | str:
+    def select(self, layer: int, call: Any) -> BlockMask | TokenSubset | str:
         begin = self._side._watch.mark()
         self._side.choice = choice = self._runtime.select(layer, call)
         self._side.selection.append((begin, self._side._watch.mark()))
@@ -226,7 +233,7 @@ class Flex(Side):
             return
         choice, (batch, kv_heads, length, _) = self._plan.choice, self.k.shape
         if not isinstance(choice, BlockMask):
-            raise PlanError(f"{self._plan.name} gave no lists" + (f": {choice}" if choice else ""))
+            raise PlanError(f"{self._plan.name} gave no lists" + (f": {choice}" if isinstance(choice, str) else ""))
         causal = causal_blocks(length, length, choice.block_q, choice.block_k) * batch * kv_heads
         self.kept_share = round(float(choice.blocks_read(batch, kv_heads)) / causal, 4)
         self._mask = flex_mask(choice, batch, self._plan.engine.parts.num_heads, length)

@@ -101,7 +101,7 @@ def always_sparse(plan: Plan) -> Plan:
     """The plan without what makes it run dense where sparse cannot win, or in the first layers."""
     changed = []
     for method in plan:
-        off: dict[str, Any] = {"dense_below": 0, "max_share": 1.0}
+        off: dict[str, Any] = {"dense_below": 0, "dense_above": 1.0, "max_share": 1.0}
         if method.layers is None:
             off["dense_layers"] = 0
         present = {f.name for f in fields(method)}

@@ -3,9 +3,11 @@
 from infer_patch.patches.envelope import Envelope
 from infer_patch.patches.fastv import FastV
 from infer_patch.patches.hip import HiP
+from infer_patch.patches.kv_quant import KVQuant
 from infer_patch.patches.moa import MoA
 from infer_patch.patches.random_pruning import RandomPruning
 from infer_patch.patches.sink_window import SinkWindow
 from infer_patch.patches.vertical_slash import VerticalSlash
+from infer_patch.patches.zipvl import ZipVL
 
-__all__ = ["Envelope", "FastV", "HiP", "MoA", "RandomPruning", "SinkWindow", "VerticalSlash"]
+__all__ = ["Envelope", "FastV", "HiP", "KVQuant", "MoA", "RandomPruning", "SinkWindow", "VerticalSlash", "ZipVL"]

@@ -55,7 +55,7 @@ def run(phase: str, given: dict[str, Any]) -> None:
 
 def show(document: dict[str, Any], console: Console) -> None:
     """A table per length; in words where sparse loses, where it starts to win, and what could not run."""
-    from infer_patch.evals.attention_bench import CONTROL, NEVER, warnings_of
+    from infer_patch.evals.attention_bench import CONTROL, NEVER, smaller_caches, warnings_of
 
     settings, results, decode = document["settings"], document["results"], document["benchmark"] == "decode"
     console.print(
@@ -79,6 +79,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             console.print(f"{result['side']} ran dense at {result['length']:,} tokens: {result['ran_dense']}.")
         elif result["kind"] == "plan" and result["verdict"].startswith("undecided"):
             console.print(f"{result['side']} at {result['length']:,} tokens: {result['verdict']}.", highlight=False)
+    for line in smaller_caches(results):
+        console.print(line, highlight=False)
     for line in warnings_of(results):
         console.print(f"[yellow]Warning:[/] {line}.", highlight=False)
     for plan, start in document["starts_to_win"].items():

@@ -1,0 +1,60 @@
+"""The comparison of caches in few bits, on a tiny model: every row is measured, and exact rows drift by nothing."""
+
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from infer_patch.evals.needle import NeedleGrid
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kv_quality.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("kv_quality", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kv_quality"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["kv_quality"]
+
+
+def test_every_row_is_measured(script, tiny, capsys):
+    model, tokenizer = tiny
+    rows, _ = script.sides(model, ["sink_window-evict"])
+    rows = [row for row in rows if "transformers" not in row.name]
+    task = NeedleGrid((700,), (0.5,), max_new_tokens=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 16 bits take no effect, and say so
+        script.measure(model, tokenizer, rows, task, lambda text: None)
+    found = {row["side"]: row for row in script.results(rows)}
+    assert list(found)[:2] == ["unpatched", "kv_quant, 16 bits"] and "sink_window-evict" in found
+    drift = {name: row["drift"]["kl_mean"] for name, row in found.items()}
+    assert drift["unpatched"] == drift["kv_quant, 16 bits"] == 0
+    assert 0 < drift["kv_quant, 8 bits"] < drift["kv_quant, 4 bits"] < drift["kv_quant, 2 bits"]
+    sizes = [found[f"kv_quant, {bits} bits"]["cache_bytes"][0] for bits in (16, 8, 4, 2)]
+    assert sizes == sorted(sizes, reverse=True) and found["unpatched"]["cache_bytes"][0] == sizes[0]
+    assert all(row["needles"][1] == 1 for row in found.values())
+    script.show(
+        list(found.values()), {"transformers hqq, 4 bits": "the package hqq is not installed"}, Console(width=100)
+    )
+    said = capsys.readouterr().out
+    assert "kv_quant, 4/2 at 42 %" in said and "Not run: transformers hqq" in said
+
+
+def test_bytes_inside_tensor_subclasses_and_tuples_count(script):
+    class Layer:
+        def __init__(self):
+            self.keys = torch.zeros(2, 3)
+            self.packed = (torch.zeros(5, dtype=torch.uint8), {"scale": torch.zeros(4, dtype=torch.float16)})
+            self.again = self.keys
+
+    class Cache:
+        layers = (Layer(),)
+
+    assert script.held_bytes(Cache()) == 2 * 3 * 4 + 5 + 4 * 2
