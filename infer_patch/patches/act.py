@@ -157,16 +157,18 @@ class _ACT(Runtime):
         super().__init__(config, parts, layers)
         group = parts.num_heads // parts.num_kv_heads
         listed = config.head_list().heads
-        self.heads = {layer: list(listed[layer]) for layer in layers}
+        self.heads = {layer: listed[layer] for layer in layers}
+        self._indices: dict[Any, Tensor] = {}
         self.kv = {layer: tuple(h // group for h in heads) for layer, heads in self.heads.items()}
 
     def calibrate(self, layer: int, call: Any, output: Tensor) -> Tensor | str:
-        config, heads = self.config, self.heads[layer]
+        config = self.config
         if config.beta == 1:
             return "beta is 1"
         if call.past and config.decode == "off":
             return "rows after the prompt are left as they are: decode is off"
-        q, chosen = call.q[:, heads], output[:, heads]
+        heads = self._index(layer, output.device)
+        q, chosen = call.q.index_select(1, heads), output.index_select(1, heads)
         if call.past == 0:
             new, rows = self._prompt(layer, call, q, chosen)
         else:
@@ -177,9 +179,12 @@ class _ACT(Runtime):
             step = self._frozen if config.decode == "frozen" else self._running
             new, rows = step(layer, call, q, chosen, known)
         call.counts["rows"] = rows.sum()
-        corrected = output.clone()
-        corrected[:, heads] = new
-        return corrected
+        return output.index_copy(1, heads, new)
+
+    def _index(self, layer: int, device: torch.device) -> Tensor:
+        if (layer, device) not in self._indices:
+            self._indices[layer, device] = torch.tensor(self.heads[layer], device=device)
+        return self._indices[layer, device]
 
     def _threshold(self, keys: Any) -> Any:
         return self.config.threshold / (keys if self.config.threshold_mode == "relative" else 1)
