@@ -65,7 +65,7 @@ def _question(file: Path, number: int, line: str) -> Question:
 
 
 def generated(held_out: bool, count: int, seed: int) -> dict[str, list[Question]]:
-    """Three small datasets: sentiment and topic of a sentence, and which of four words is of a kind (by letter).
+    """Three small datasets: sentiment about one of two things, topic of one of two sentences, the word of a kind.
 
     The held-out ones are made of other words and other sentences.
     """
@@ -84,13 +84,16 @@ _FEELINGS = (
     (("lovely", "excellent", "a delight", "better than I hoped"), ("awful", "a waste of money", "boring", "broken")),
     (("wonderful", "great fun", "perfect", "warm and friendly"), ("terrible", "dirty", "far too slow", "a mess")),
 )
-_FRAMES = (("The {} was {}.", "I found the {} {}."), ("To me the {} seemed {}.", "Everyone said the {} was {}."))
 
 
 def _sentiment(rng: random.Random, part: int) -> Question:
-    answer = rng.randrange(2)
-    sentence = rng.choice(_FRAMES[part]).format(rng.choice(_THINGS[part]), rng.choice(_FEELINGS[part][answer]))
-    return Question(f"Review: {sentence}\nSentiment:", (" positive", " negative"), answer)
+    """Two things are judged, and one of them is asked for."""
+    things, answers = rng.sample(_THINGS[part], 2), [rng.randrange(2) for _ in range(2)]
+    said = [f"the {thing} was {rng.choice(_FEELINGS[part][x])}" for thing, x in zip(things, answers)]
+    sentence = f"{said[0][0].upper()}{said[0][1:]}, {'and' if answers[0] == answers[1] else 'but'} {said[1]}."
+    asked = rng.randrange(2)
+    prompt = f"Review: {sentence}\nSentiment about the {things[asked]}:"
+    return Question(prompt, (" positive", " negative"), answers[asked])
 
 
 _TOPICS = ("sports", "food", "weather", "money")
@@ -111,11 +114,14 @@ _SENTENCES = (
 
 
 def _topic(rng: random.Random, part: int) -> Question:
-    answer = rng.randrange(4)
-    sentence = rng.choice(_SENTENCES[part][answer])
-    return Question(
-        f"Topics: {', '.join(_TOPICS)}.\nSentence: {sentence}\nTopic:", tuple(f" {t}" for t in _TOPICS), answer
+    """Two sentences, and one of them is asked for."""
+    topics, asked = rng.sample(range(4), 2), rng.randrange(2)
+    first, second = (rng.choice(_SENTENCES[part][topic]) for topic in topics)
+    prompt = (
+        f"Topics: {', '.join(_TOPICS)}.\nFirst sentence: {first}\nSecond sentence: {second}\n"
+        f"Topic of the {('first', 'second')[asked]} sentence:"
     )
+    return Question(prompt, tuple(f" {t}" for t in _TOPICS), topics[asked])
 
 
 _KINDS = (
@@ -139,7 +145,6 @@ _KINDS = (
 def _kind(rng: random.Random, part: int) -> Question:
     kinds = rng.sample(sorted(_KINDS[part]), 4)
     asked, options = kinds[0], rng.sample(kinds, 4)
-    letters = "ABCD"
-    listed = "\n".join(f"{x}. {rng.choice(_KINDS[part][kind])}" for x, kind in zip(letters, options))
-    choices = tuple(f" {x}" for x in letters)
-    return Question(f"Question: Which of these is {asked}?\n{listed}\nAnswer:", choices, options.index(asked))
+    words = [rng.choice(_KINDS[part][kind]) for kind in options]
+    prompt = f"Words: {', '.join(words)}.\nThe word for {asked} among these is"
+    return Question(prompt, tuple(f" {word}" for word in words), options.index(asked))
