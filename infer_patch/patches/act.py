@@ -215,9 +215,10 @@ class _ACT(Runtime):
             seen_by = number - torch.arange(visible, device=q.device)
             received = received_attention(so_far, seen_by)
             sinks = find_sinks(received, seen_by, self._threshold(number), config.min_queries)
-            lowered, rows = lowered_probabilities(a, without_spared(sinks, config.spare), config.beta)
-            plain = output[:, :, here]
-            if bool(rows.any()):
+            listed, plain = without_spared(sinks, config.spare), output[:, :, here]
+            rows = torch.zeros_like(lse[..., 0], dtype=torch.bool)
+            if bool(listed.any()):
+                lowered, rows = lowered_probabilities(a, listed, config.beta)
                 new = rows_of.per_key_head(lowered, call.v[:, :, :visible], kv).to(output.dtype)
                 plain = torch.where(rows[..., None], new, plain)
             parts.append(plain)
