@@ -74,6 +74,7 @@ class IndexedLayer(CacheLayerMixin):
         self.start: tuple[int, ...] | None = None
         self.state: dict[Any, Any] = {}  # what a method remembers about these keys; dropped when rows move
         self.notes: dict[Any, Any] = {}  # what it remembers about the text; kept until the layer is emptied
+        self.memory: list[dict[Any, Any]] = []  # of each sample: goes with it where beams go, outlives a crop
         self.view = KeyView(0)
         self._tokens: Tokens | None = None
         self._reduction: Reduction | None = None
@@ -85,6 +86,13 @@ class IndexedLayer(CacheLayerMixin):
     def expect(self, tokens: Tokens, reduction: Reduction | None) -> None:
         """Say which tokens the next `update` brings (the engine does, before the layer runs)."""
         self._tokens, self._reduction = tokens, reduction
+
+    def memory_of(self, sample: int) -> dict[Any, Any]:
+        """What methods remember about one sample, for as long as its keys are here. Samples that were one (beams) may
+        share its values: put new ones in, never write into them. Rows taken back by `crop` are theirs to notice."""
+        while len(self.memory) <= sample:
+            self.memory.append({})
+        return self.memory[sample]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -263,6 +271,8 @@ class IndexedLayer(CacheLayerMixin):
         self.state = {}
 
     def _take_host(self, index: list[int]) -> None:
+        if self.memory:
+            self.memory = [dict(self.memory[i]) for i in index]
         if self.start is not None:
             self.start = tuple(self.start[i] for i in index)
 
@@ -275,7 +285,7 @@ class IndexedLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes of the rows held and of what methods keep beside them (not of the space allocated ahead)."""
-        return sum(t.numel() * t.element_size() for t in tensors_in([self.keys, self.values, self.state]))
+        return sum(t.numel() * t.element_size() for t in tensors_in([self.keys, self.values, self.state, self.memory]))
 
     def bytes_by_precision(self) -> dict[str, int]:
         """`nbytes` by the name of the dtype or the width ("bfloat16", "4 bits")."""

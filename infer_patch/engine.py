@@ -226,9 +226,8 @@ class Engine:
         swaps = []
         for i, held in enumerate(cache.layers):
             store = self.stores.get(i)
-            wanted = (
-                i in self.selectors or i in self.calibrators or (tokens.image is not None and i >= self.first_reduced)
-            )
+            shortened = tokens.image is not None and i >= self.first_reduced
+            wanted = i in self.selectors or i in self.calibrators or shortened
             if isinstance(held, IndexedLayer):
                 if held.made_by is store:
                     continue

@@ -146,9 +146,13 @@ def _conflict(first: Method, second: Method) -> str | None:
         return "a layer's keys and values can be kept in one way only"
     if "select" in a and "select" in b:
         return "a layer's key blocks can be selected by one method only"
+    if "calibrate" in a and "calibrate" in b:
+        return "each works out its correction from the model's own attention, which the other has changed"
     for x, y in ((first, second), (second, first)):
         if "calibrate" in x.active_ports() and "select" in y.active_ports():
             return f"{x.name} redistributes whole attention rows, and {y.name} leaves most of each row unread"
         if x.keeps_packed() and {"select", "calibrate"} & set(y.active_ports()):
             return f"{x.name} packs keys and values, and {y.name} has to read them"
+        if "calibrate" in x.active_ports() and "store" in y.active_ports():
+            return f"{x.name} reads keys and values as the model made them, and {y.name} keeps them in its own way"
     return None

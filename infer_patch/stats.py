@@ -28,9 +28,10 @@ class MethodStats:
     stored: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> rows held, tokens seen (last call)
     # layer -> bytes held by precision, and what the same tokens take unquantised (last call; packed caches only)
     stored_bytes: dict[int, tuple[dict[str, int], int]] = field(default_factory=dict)
-    calibrated: dict[int, int] = field(default_factory=dict)  # layer -> attention calls corrected
     # layer -> prompt tokens that took part in attention, and prompt tokens there were
     attending: dict[int, tuple[int, int]] = field(default_factory=dict)
+    corrected: dict[int, dict[str, Any]] = field(default_factory=dict)  # layer -> attention rows changed, and more
+    left_alone: dict[str, int] = field(default_factory=dict)  # reason -> attention calls not corrected
 
 
 @dataclass
@@ -97,6 +98,15 @@ class Stats:
 
     def dense(self, name: str, reason: str) -> None:
         calls = self.methods[name].dense_calls
+        calls[reason] = calls.get(reason, 0) + 1
+
+    def calibrated(self, name: str, layer: int, counts: dict[str, Any]) -> None:
+        sums = self.methods[name].corrected.setdefault(layer, {})
+        for what, number in counts.items():
+            sums[what] = sums.get(what, 0) + number
+
+    def left_alone(self, name: str, reason: str) -> None:
+        calls = self.methods[name].left_alone
         calls[reason] = calls.get(reason, 0) + 1
 
     def reduced(self, name: str, layer: int, keep: Tensor, image: Tensor) -> None:
@@ -183,14 +193,15 @@ def _figures(stats: MethodStats) -> dict[str, Any]:
     if any(name.endswith(" bits") for held, _ in stats.stored_bytes.values() for name in held):
         figures["bytes_by_precision"] = _summed([held for held, _ in stats.stored_bytes.values()])
         figures["bytes_unquantised"] = sum(whole for _, whole in stats.stored_bytes.values())
-    if stats.calibrated:
-        figures["calls_calibrated"] = {i: stats.calibrated[i] for i in sorted(stats.calibrated)}
+    if stats.corrected or stats.left_alone:
+        corrected = {i: {k: int(n) for k, n in counts.items()} for i, counts in sorted(stats.corrected.items())}
+        figures["corrected"], figures["left_alone"] = corrected, dict(stats.left_alone)
     figures["fired"] = bool(
         sum(stats.sparse_calls.values())
         or any(figures.get("visual_tokens_kept", {}).get(i) != n for i, n in figures.get("visual_tokens", {}).items())
         or any(rows < seen for rows, seen in stats.stored.values())
         or "bytes_by_precision" in figures
-        or stats.calibrated
+        or any(counts.get("rows") for counts in figures.get("corrected", {}).values())
     )
     return figures
 
@@ -234,8 +245,11 @@ def describe(figures: dict[str, Any]) -> str:
         words.append(f"cache of {parts}: {whole / sum(held.values()):.2f} x smaller than unquantised")
     if "rows_held" in figures and ("bytes_by_precision" not in figures or _evicted(figures)):
         words.append(f"held at most {max(figures['rows_held'].values())} of {figures['tokens_seen']} cached tokens")
-    if "calls_calibrated" in figures:
-        words.append(f"corrected {sum(figures['calls_calibrated'].values())} attention calls")
+    if "corrected" in figures:
+        touched = [counts["rows"] for counts in figures["corrected"].values() if counts.get("rows")]
+        words.append(f"corrected {sum(touched):,} attention rows in {len(touched)} layers")
+        for reason, calls in figures["left_alone"].items():
+            words.append(f"{calls} attention calls were left as they are ({reason})")
     return "; ".join(words) if figures["fired"] else "; ".join(["NEVER FIRED", *words])
 
 

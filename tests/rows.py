@@ -6,7 +6,19 @@ from pathlib import Path
 from miniatures import MINIATURES, Miniature, text_inputs, vision_inputs
 
 from infer_patch import Method
-from infer_patch.patches import Envelope, FastV, HiP, KVQuant, MoA, RandomPruning, SinkWindow, VerticalSlash, ZipVL
+from infer_patch.patches import (
+    ACT,
+    VAR,
+    Envelope,
+    FastV,
+    HiP,
+    KVQuant,
+    MoA,
+    RandomPruning,
+    SinkWindow,
+    VerticalSlash,
+    ZipVL,
+)
 
 # spans of 128 tokens, 0.75 N - 64, 0.75 N and N, mixed over the query heads of the miniatures; and N throughout
 SPANS, DENSE_SPANS = (str(Path(__file__).parent / "data" / f"moa-plan{x}.json") for x in ("", "-dense"))
@@ -20,13 +32,19 @@ STAGES = HiP(
 # prompts of the miniatures are short, and their random weights read all tokens alike
 ZIP = dict(tau=0.7, dense_below=128, recent=48, window=32, group=32, recent_probes=16, random_probes=16)
 
+HEADS = ((1, 0), (1, 3), (2, 1), (2, 2), (3, 0))  # alone and both of a key head
+KEEN = dict(threshold=2.0, threshold_mode="relative")  # random weights have no sinks worth the name
+WHOLE = dict(chunkable=False, draftable=False, patient=False)
+SINKS = VAR(dims=(3, 17), tau=1.5, vision_mass_min=0.05, nonsink_ratio_min=0.1, skip_last_layer=False)
+
 
 @dataclass(frozen=True)
 class Row:
     """A configuration, and what its behaviour promises.
 
     neutral: keeps everything, so outputs are those of the unpatched model. chunkable: a prompt in chunks gives what it
-    gives whole. draftable: assisted decoding gives what greedy decoding gives.
+    gives whole. draftable: assisted decoding gives what greedy decoding gives. patient: short prompts (65 tokens) are
+    left as they are.
     """
 
     name: str
@@ -35,6 +53,7 @@ class Row:
     neutral: bool = False
     chunkable: bool = True
     draftable: bool = True
+    patient: bool = True
     fires: bool = True
 
 
@@ -77,6 +96,15 @@ ROWS = [
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
+    # sinks are found from all rows of a prompt at once
+    Row("act", (ACT(heads=HEADS, **KEEN),), **WHOLE),
+    Row("act-frozen", (ACT(heads=HEADS, decode="frozen", **KEEN),), **WHOLE),
+    Row("act-off", (ACT(heads=HEADS, decode="off", **KEEN),), **WHOLE),
+    Row("act-neutral", (ACT(heads=HEADS, beta=1.0),), neutral=True, fires=False),
+    Row("var", (SINKS,), vision=True),
+    Row("var-none", (VAR(dims=(3, 17)),), vision=True, neutral=True, fires=False),  # phi is at most 8 in miniatures
+    Row("fastv+act", (FastV(layer=1), ACT(heads=HEADS, **KEEN)), vision=True),
+    Row("fastv+var", (FastV(layer=1, drop_ratio=0.25), SINKS), vision=True),
     Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),
     Row("fastv+kv_quant", (FastV(layer=1), KVQuant(recent=16, window=16)), vision=True),
     Row("fastv+zipvl", (FastV(layer=1), ZipVL(**ZIP)), vision=True),
@@ -89,9 +117,15 @@ def serves(row: Row, mini: Miniature) -> bool:
     if row.vision and mini.kind != "vision":
         return False
     selects = any("select" in m.ports for m in row.methods)
-    attends = selects or any("store" in m.ports for m in row.methods)
+    calibrates = any("calibrate" in m.ports for m in row.methods)
+    attends = selects or calibrates or any("store" in m.ports for m in row.methods)
+    if calibrates and mini.sliding == "some":
+        return False  # the heads of these rows stand in layers with a window, too
     # where pictures or prompts see both ways, selection runs dense and says so: test_refusals
-    return not ((attends and (mini.softcap or mini.sliding == "all")) or (selects and mini.bidirectional != "none"))
+    return not (
+        (attends and (mini.softcap or mini.sliding == "all"))
+        or ((selects or calibrates) and mini.bidirectional != "none")
+    )
 
 
 def inputs_for(row: Row, mini: Miniature, only: int | None = None) -> dict:

@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package registers them all."""
 
+from infer_patch.patches.act import ACT
 from infer_patch.patches.envelope import Envelope
 from infer_patch.patches.fastv import FastV
 from infer_patch.patches.hip import HiP
@@ -7,7 +8,20 @@ from infer_patch.patches.kv_quant import KVQuant
 from infer_patch.patches.moa import MoA
 from infer_patch.patches.random_pruning import RandomPruning
 from infer_patch.patches.sink_window import SinkWindow
+from infer_patch.patches.var import VAR
 from infer_patch.patches.vertical_slash import VerticalSlash
 from infer_patch.patches.zipvl import ZipVL
 
-__all__ = ["Envelope", "FastV", "HiP", "KVQuant", "MoA", "RandomPruning", "SinkWindow", "VerticalSlash", "ZipVL"]
+__all__ = [
+    "ACT",
+    "VAR",
+    "Envelope",
+    "FastV",
+    "HiP",
+    "KVQuant",
+    "MoA",
+    "RandomPruning",
+    "SinkWindow",
+    "VerticalSlash",
+    "ZipVL",
+]

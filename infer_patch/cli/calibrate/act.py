@@ -1,0 +1,116 @@
+"""`infer-patch calibrate act`: heads of one model that answer better under ACT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.common import numbers
+from infer_patch.cli.compare import progress_bar, quiet
+
+
+@calibrations.command("act")
+def act(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    out: Annotated[Path, typer.Option(help="Head list to write; ACT(heads_file=...) reads it.")],
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for what is measured; the same one again goes on. [OUT without .json]")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of .jsonl files, a dataset each; else generated.")] = None,
+    test: Annotated[Path | None, typer.Option(help="The same, held out: patched against unpatched at the end.")] = None,
+    questions: Annotated[int, typer.Option(help="Generated questions of each dataset.")] = 100,
+    test_questions: Annotated[int, typer.Option(help="Generated held-out questions of each dataset.")] = 100,
+    layers: Annotated[str, typer.Option(help="Layers whose heads are tried, as 2,3,4. [2 to L - 2]")] = "",
+    beta: Annotated[float, typer.Option(help="Share of its attention that a sink keeps.")] = 0.4,
+    threshold: Annotated[float, typer.Option(help="Mean received attention of a sink.")] = 0.1,
+    min_gain: Annotated[float, typer.Option(help="Heads are kept above this mean gain in accuracy.")] = 0.0,
+    max_heads: Annotated[int | None, typer.Option(help="Keep the best ones only.")] = None,
+    batch: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Draws the generated questions.")] = 0,
+) -> None:
+    """Try ACT on one head after the other, keep those that answer better, and judge them on held-out questions.
+
+    Batches are kept, so an interrupted run goes on where it stopped.
+    """
+    from infer_patch.errors import PatchError
+
+    console = Console(stderr=True)
+    folder = work or out.with_suffix("")
+    if out.suffix != ".json" or not out.absolute().parent.is_dir():
+        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
+    if folder.exists() and not folder.is_dir():
+        raise PatchError(f"{folder} is a file; name a folder for what is measured with --work.")
+    with console.status("Loading PyTorch and transformers") as status:
+        from infer_patch.calibration.act import Settings, calibrate
+        from infer_patch.calibration.choices import generated, read_questions
+        from infer_patch.evals.loading import load
+
+        asked = generated(False, questions, seed) if data is None else read_questions(data)
+        held_out = read_questions(test) if test is not None else {}
+        if data is None and test is None:
+            held_out = generated(True, test_questions, seed)
+        settings = Settings(
+            beta=beta,
+            threshold=threshold,
+            layers=numbers(layers, "2,3,4") if layers else None,
+            min_gain=min_gain,
+            max_heads=max_heads,
+            batch=batch,
+            seed=seed,
+        )
+        with quiet():
+            loaded, processor = load(model, device, dtype, status.update)
+    with progress_bar(console) as on_progress, quiet():
+        document = calibrate(loaded, processor, asked, settings, folder, held_out, model, on_progress)
+    document["seed"] = seed
+    out.write_text(dumps(document), encoding="utf-8")
+    picture = _picture(document, folder)
+    _show(document, Console())
+    typer.echo(f"\nHeads    {out}\nMeasured    {folder}")
+    if picture is not None:
+        typer.echo(f"Gain of each head    {picture}")
+    if document["heads"]:
+        typer.echo(f"\nmethods:\n  - method: act\n    heads_file: {out}")
+
+
+def dumps(document: dict[str, Any]) -> str:
+    """JSON with a line for each layer of the gains."""
+    text = json.dumps({**document, "delta": "@delta"}, indent=1)
+    return (
+        text.replace('"@delta"', "[\n  " + ",\n  ".join(json.dumps(row) for row in document["delta"]) + "\n ]") + "\n"
+    )
+
+
+def _picture(document: dict[str, Any], folder: Path) -> Path | None:
+    from infer_patch.availability import installed_version
+
+    if installed_version("matplotlib") is None:
+        return None
+    from infer_patch.report.head_map import head_map
+
+    return head_map(document["delta"], document["heads"], folder / "gain.png", "gain in accuracy")
+
+
+def _show(document: dict[str, Any], console: Console) -> None:
+    count = sum(map(len, document["heads"].values()))
+    console.print(f"{count} heads answer better alone.", highlight=False)
+    found = document["held_out"]
+    if not found:
+        return
+    table = Table("held out", "questions", "unpatched", "patched", title_justify="left")
+    for name, row in found["datasets"].items():
+        table.add_row(name, str(row["questions"]), f"{row['unpatched']:.3f}", f"{row['patched']:.3f}")
+    console.print(table)
+    console.print(
+        f"Difference {found['difference']:+.3f}, 95 % interval {found['low']:+.3f} to {found['high']:+.3f}; "
+        f"{found['won']} won, {found['lost']} lost, p = {found['p_value']:.3f} (McNemar).",
+        highlight=False,
+    )

@@ -1,0 +1,262 @@
+"""Attention whose probabilities are moved after the softmax, from the plain output and exact corrections.
+
+`lower_columns` (ACT, arXiv 2406.15765): in chosen heads, the probabilities of listed keys are multiplied by beta and
+what they lose goes to the row's other keys in proportion. With b_i the mass of row i on listed keys,
+c_i = 1 + (1 - beta) b_i / (1 - b_i) and O_S,i their part of the output:
+
+    o'_i = c_i o_i + (beta - c_i) O_S,i
+
+`shift_to_images` (VAR, arXiv 2503.03321): in rows that read much of the images and little of it at visual sinks, a
+share of the mass of all sinks goes to the other visual tokens in proportion. With O_S, m_S the part and mass of sinks
+and O_N, m_N those of visual tokens that are no sinks:
+
+    o'_i = o_i - move O_S,i + move (m_S,i / m_N,i) O_N,i
+
+Faces: `reference` (fp32, writes the T x S probabilities out) and `cpu` (fast torch, any device, rows in blocks); there
+is no Triton kernel. An argument or INFER_PATCH_KERNELS overrides the choice.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infer_patch.kernels import row_attention as rows_of
+
+# c_i above which o_i, in this precision, is too coarse to be multiplied by it: such rows are computed afresh
+_LARGEST_FACTOR = {torch.float32: 4.0, torch.float16: 4.0, torch.bfloat16: 2.0}
+_EPSILON = 1e-6
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class ImageRule:
+    """Which rows `shift_to_images` edits and how far.
+
+    Parameters
+    ----------
+    sink_portion : float
+        Largest share of the image mass that may lie on visual sinks.
+    least_mass : float
+        Smallest image mass.
+    move : float
+        Share of the sinks' mass that is moved.
+    """
+
+    sink_portion: float
+    least_mass: float
+    move: float
+
+
+def lower_columns(
+    output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: tuple[int, ...],
+    listed: Tensor,
+    beta: float,
+    scale: float,
+    lse: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`output` of causal attention with the columns `listed` lowered to beta.
+
+    Parameters
+    ----------
+    output : Tensor [b, h, T, D_v]
+        Plain attention of q [b, h, T, D] over k, v [b, H_kv, S, D]; the queries are those of the last T keys.
+    kv : tuple of int
+        Key head of each of the h query heads, ascending.
+    listed : bool Tensor [b, h, S]
+    lse : Tensor [b, h, T], optional
+        Log-sum-exp of the rows, where it is known.
+
+    Returns
+    -------
+    Tensor like `output`, and the rows that differ, bool [b, h, T]: all but those without mass on listed keys, and those
+    with mass on nothing else.
+    """
+    if not _asks_for_reference(implementation):
+        return _lower_columns(output, q, k, v, kv, listed, beta, scale, lse)
+    a = reference_probabilities(q, k, kv, scale)
+    changed, rows = lowered_probabilities(a, listed[:, :, None], beta)
+    new = rows_of.per_key_head(changed, v.float(), kv).to(output.dtype)
+    return torch.where(rows[..., None], new, output), rows
+
+
+def reference_probabilities(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float) -> Tensor:
+    """All of A, fp32 [b, h, T, S]."""
+    return rows_of.scores(q, k, kv, scale, k.shape[2] - q.shape[2]).softmax(-1)
+
+
+def lowered_probabilities(a: Tensor, columns: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """A' [b, h, T, S] from A and its listed columns, bool [b, h, 1 or T, S]; the rows that differ, bool [b, h, T]."""
+    b, rest = (a * columns).sum(-1, keepdim=True), (a * ~columns).sum(-1, keepdim=True)
+    rows = (b > 0) & (rest > _TINY)
+    c = 1 + (1 - beta) * b / rest.clamp(min=_TINY)
+    return torch.where(rows, torch.where(columns, beta * a, c * a), a), rows.squeeze(-1)
+
+
+def _lower_columns(
+    output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: tuple[int, ...],
+    listed: Tensor,
+    beta: float,
+    scale: float,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    index = rows_of.key_lists(listed)
+    batch, heads, count, _ = q.shape
+    if index.shape[-1] == 0:
+        return output, torch.zeros(batch, heads, count, dtype=torch.bool, device=q.device)
+    if lse is None or (torch.is_grad_enabled() and q.requires_grad):
+        lse = rows_of.row_lse(q, k, kv, scale)
+    keys, values = (rows_of.listed_rows(x, index, kv) for x in (k, v))
+    past, parts, masses = k.shape[2] - count, [], []
+    for here in rows_of.row_blocks(batch, heads, count, index.shape[-1], q.device):
+        p = rows_of.listed_probabilities(q[:, :, here], keys, index, lse[:, :, here], scale, past + here.start)
+        b = p.sum(-1, keepdim=True)
+        c = 1 + (1 - beta) * b / (1 - b).clamp(min=_EPSILON)
+        part = c * output[:, :, here].float() + (beta - c) * (p @ values.float())
+        parts.append(torch.where(b > 0, part.to(output.dtype), output[:, :, here]))
+        masses.append(b.squeeze(-1))
+    new, mass = torch.cat(parts, 2), torch.cat(masses, 2)
+    coarse = (1 - beta) * mass > (_LARGEST_FACTOR.get(output.dtype, 4.0) - 1) * (1 - mass)
+    changed = mass > 0
+    if not bool(coarse.any()):
+        return new, changed
+    new = new.clone()
+    position = torch.arange(k.shape[2], device=q.device)
+    for sample, head in coarse.any(-1).nonzero().tolist():
+        keys, values = (x[sample, kv[head]].float() for x in (k, v))
+        for row in coarse[sample, head].nonzero().squeeze(1).split(max(1, (1 << 20) // k.shape[2])):
+            z = scale * (q[sample, head, row].float() @ keys.T)
+            a = z.masked_fill(position > past + row[:, None], float("-inf")).softmax(-1)
+            lowered, differs = lowered_probabilities(a[None, None], listed[sample, head][None, None, None], beta)
+            afresh = (lowered[0, 0] @ values).to(new.dtype)
+            new[sample, head, row] = torch.where(differs[0, 0, :, None], afresh, output[sample, head, row])
+            changed[sample, head, row] = differs[0, 0]
+    return new, changed
+
+
+def shift_to_images(
+    output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    visual: Tensor,
+    asked: Tensor,
+    rule: ImageRule,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`output` with attention of chosen rows moved from sinks to the other visual tokens, and which rows were chosen.
+
+    Parameters
+    ----------
+    output : Tensor [b, H, T, D_v]
+        Plain causal attention of q [b, H, T, D] over k, v [b, H_kv, S, D]; the queries are those of the last T keys.
+    sinks, visual : bool Tensor [b, S]
+        Keys that are sinks, and keys that are visual tokens.
+    asked : bool Tensor [b, T]
+        Rows that may be chosen at all.
+
+    Returns
+    -------
+    Tensor like `output`, and bool [b, H, T]. Rows not chosen are as they were.
+    """
+    if not _asks_for_reference(implementation):
+        return _shift_to_images(output, q, k, v, sinks, visual, asked, rule, scale)
+    kv = rows_of.key_heads(q.shape[1], k.shape[1])
+    a = reference_probabilities(q, k, kv, scale)
+    changed, chosen = reference_shifted(a, sinks, visual, asked, rule)
+    new = rows_of.per_key_head(changed, v.float(), kv).to(output.dtype)
+    return torch.where(chosen[..., None], new, output), chosen
+
+
+def reference_shifted(
+    a: Tensor, sinks: Tensor, visual: Tensor, asked: Tensor, rule: ImageRule
+) -> tuple[Tensor, Tensor]:
+    """A' [b, H, T, S] from A, and the chosen rows [b, H, T]; sinks, visual [b, S] and asked [b, T] are bool."""
+    is_sink, is_visual = sinks[:, None, None], visual[:, None, None]
+    keys, count = a.shape[-1], a.shape[2]
+    seen = torch.arange(keys, device=a.device) <= torch.arange(keys - count, keys, device=a.device)[:, None]
+    chosen = _chosen(
+        (a * is_visual).sum(-1),
+        (a * (is_visual & is_sink)).sum(-1),
+        (is_visual & seen).sum(-1),
+        (is_visual & is_sink & seen).any(-1) & asked[:, None],
+        rule,
+    )
+    others = a * (is_visual & ~is_sink)
+    budget = rule.move * (a * is_sink).sum(-1, keepdim=True)
+    moved = torch.where(is_sink, (1 - rule.move) * a, a) + budget * others / others.sum(-1, keepdim=True).clamp(
+        min=1e-30
+    )
+    return torch.where(chosen[..., None], moved, a), chosen
+
+
+def _chosen(image: Tensor, sink: Tensor, tokens: Tensor, asked: Tensor, rule: ImageRule) -> Tensor:
+    """Rows to edit, from their mass on visual tokens, on visual sinks, and the number of visual tokens they see."""
+    portion = sink / (image + _EPSILON * tokens)
+    return asked & (portion <= rule.sink_portion) & (image >= rule.least_mass) & (image - sink > _EPSILON)
+
+
+def _shift_to_images(
+    output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    visual: Tensor,
+    asked: Tensor,
+    rule: ImageRule,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, count, _ = q.shape
+    keys, chosen = k.shape[2], torch.zeros(batch, heads, count, dtype=torch.bool, device=q.device)
+    some = asked.any(0).nonzero()
+    if not len(some) or not bool((visual & sinks).any()):
+        return output, chosen
+    first = int(some[0])  # rows before it are asked of no sample
+    kv = rows_of.key_heads(heads, k.shape[1])
+    index = rows_of.key_lists(visual | sinks)
+    held = index >= 0
+    is_sink, is_visual = ((x.gather(1, index.clamp(min=0)) & held)[:, None, None] for x in (sinks, visual))
+    values = rows_of.listed_rows(v, index[:, None].expand(-1, v.shape[1], -1), tuple(range(v.shape[1]))).float()
+    parts = [output[:, :, :first]]
+    for part in rows_of.row_blocks(batch, heads, count - first, keys, q.device):
+        here = slice(part.start + first, part.stop + first)
+        past = keys - count + here.start
+        z = rows_of.scores(q[:, :, here], k, kv, scale, past)
+        lse = z.logsumexp(-1, keepdim=True)
+        visible = past + here.stop - here.start
+        at = torch.where(held & (index < visible), index, 0)
+        row = torch.arange(past, visible, device=q.device)[:, None]
+        seen = (held[:, None] & (index[:, None] <= row))[:, None]
+        p = (z.gather(-1, at[:, None, None].expand(*z.shape[:3], -1)) - lse).exp() * seen
+        image, sink = (p * is_visual).sum(-1), (p * (is_visual & is_sink)).sum(-1)
+        may = asked[:, None, here] & (is_visual & is_sink & seen).any(-1)
+        taken = _chosen(image, sink, (is_visual & seen).sum(-1), may, rule)
+        others = p * (is_visual & ~is_sink)
+        gain = (p * is_sink).sum(-1, keepdim=True) / others.sum(-1, keepdim=True).clamp(min=_TINY)
+        moved = rule.move * (gain * others - p * is_sink)
+        new = output[:, :, here].float() + rows_of.per_key_head(moved, values, kv)
+        parts.append(torch.where(taken[..., None], new.to(output.dtype), output[:, :, here]))
+        chosen[:, :, here] = taken
+    return torch.cat(parts, 2), chosen
+
+
+def _asks_for_reference(implementation: str | None) -> bool:
+    name = implementation or os.environ.get("INFER_PATCH_KERNELS") or "cpu"
+    if name not in ("reference", "cpu", "triton"):  # on GPUs, too, the torch path runs
+        raise ValueError(f"unknown kernel implementation {name!r}; choose from reference, cpu")
+    return name == "reference"

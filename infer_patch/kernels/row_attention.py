@@ -1,0 +1,116 @@
+"""Attention rows a few at a time, for methods that need probabilities: log-sum-exp, column sums, listed keys.
+
+Nothing here holds a T x S matrix: rows come in blocks, and with LSE_i, the log-sum-exp of row i, any single probability
+is A_ij = exp(z_ij - LSE_i). Everything is fp32.
+
+Query heads may be any subset of the model's: `kv` names the key head that each one reads, in ascending order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+NOWHERE = -1  # fills up lists of keys
+_SCORES_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def key_heads(heads: int, kv_heads: int) -> tuple[int, ...]:
+    """The key head of each query head."""
+    return tuple(h // (heads // kv_heads) for h in range(heads))
+
+
+def row_blocks(batch: int, heads: int, rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows that are handled together, so that the working set stays bounded."""
+    limit = _SCORES_PER_BLOCK.get(device.type, 1 << 26)
+    step = max(1, limit // max(batch * heads * columns, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def scores(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float, past: int) -> Tensor:
+    """scale q . k, -inf where key j > past + i: q [b, h, r, D], k [b, H_kv, S, D] -> fp32 [b, h, r, S']
+
+    with S' = past + r, the keys that the last of these rows sees.
+    """
+    rows, visible = q.shape[2], past + q.shape[2]
+    product = scale * per_key_head(q.float(), k[:, :, :visible].transpose(-1, -2), kv)
+    if rows > 1:
+        later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+        product[..., past:].masked_fill_(later, float("-inf"))
+    return product
+
+
+def per_key_head(rows: Tensor, matrix: Tensor, kv: tuple[int, ...]) -> Tensor:
+    """rows [b, h, r, n] times the matrix [b, H_kv, n, m] of the key head of each -> [b, h, r, m], in the rows' dtype.
+
+    Rows of heads that share a key head are stacked, so no matrix is repeated.
+    """
+    batch, heads, count, _ = rows.shape
+    kv_heads, group = matrix.shape[1], heads // matrix.shape[1]
+    if group and kv == key_heads(heads, kv_heads):
+        stacked = rows.reshape(batch, kv_heads, group * count, -1) @ matrix.to(rows.dtype)
+        return stacked.view(batch, heads, count, -1)
+    parts, first = [], 0
+    for head, run in groupby(kv):
+        last = first + len(list(run))
+        stacked = rows[:, first:last].reshape(batch, -1, rows.shape[-1]) @ matrix[:, head].to(rows.dtype)
+        parts.append(stacked.view(batch, last - first, count, -1))
+        first = last
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def lse_and_column_sums(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
+    """LSE_i and sum_i A_ij of causal attention: q [b, h, T, D], k [b, H_kv, S, D] -> fp32 [b, h, T] and [b, h, S].
+
+    The T queries are those of the last T keys. One product of queries and keys.
+    """
+    batch, heads, rows, _ = q.shape
+    keys = k.shape[2]
+    lse = torch.empty(batch, heads, rows, device=q.device)
+    sums = torch.zeros(batch, heads, keys, device=q.device)
+    for here in row_blocks(batch, heads, rows, keys, q.device):
+        z = scores(q[:, :, here], k, kv, scale, keys - rows + here.start)
+        top = z.amax(-1, keepdim=True)
+        weights = z.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        lse[:, :, here] = (top + total.log()).squeeze(-1)
+        sums[:, :, : z.shape[-1]] += ((1 / total).transpose(-1, -2) @ weights).squeeze(2)
+    return lse, sums
+
+
+def row_lse(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float) -> Tensor:
+    """LSE_i alone, with gradients: [b, h, T]."""
+    batch, heads, rows, _ = q.shape
+    past = k.shape[2] - rows
+    blocks = row_blocks(batch, heads, rows, k.shape[2], q.device)
+    return torch.cat([scores(q[:, :, x], k, kv, scale, past + x.start).logsumexp(-1) for x in blocks], 2)
+
+
+def key_lists(mask: Tensor) -> Tensor:
+    """Where a bool mask [..., S] is true: indices [..., m], ascending, then `NOWHERE`. Waits for the device."""
+    m = int(mask.sum(-1).max()) if mask.numel() else 0
+    numbers = torch.arange(mask.shape[-1], device=mask.device)
+    index = torch.where(mask, numbers, mask.shape[-1]).sort(-1).values[..., :m]
+    return index.masked_fill(index == mask.shape[-1], NOWHERE)
+
+
+def listed_rows(x: Tensor, index: Tensor, kv: tuple[int, ...]) -> Tensor:
+    """Rows of keys or values [b, H_kv, S, D] that lists [b, h, m] name -> [b, h, m, D]; row 0 where they name none."""
+    sample = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    head = torch.tensor(kv, device=x.device)[:, None]
+    return x[sample, head, index.clamp(min=0)]
+
+
+def listed_probabilities(q: Tensor, keys: Tensor, index: Tensor, lse: Tensor, scale: float, past: int) -> Tensor:
+    """A_ij of listed keys: q [b, h, r, D], keys [b, h, m, D] of the lists [b, h, m], lse [b, h, r] -> [b, h, r, m].
+
+    Zero where a list is filled up, and where a key is later than its row: row i stands at past + i.
+    """
+    z = scale * (q.float() @ keys.float().transpose(-1, -2)) - lse[..., None]
+    row = torch.arange(past, past + q.shape[2], device=q.device)[:, None]
+    listed = index[:, :, None]
+    return z.masked_fill((listed > row) | (listed < 0), float("-inf")).exp()
