@@ -2,10 +2,12 @@
 
 from infer_patch.patches.envelope import Envelope
 from infer_patch.patches.fastv import FastV
+from infer_patch.patches.g_search import GSearch
 from infer_patch.patches.hip import HiP
 from infer_patch.patches.moa import MoA
+from infer_patch.patches.p_sigmoid import PSigmoid
 from infer_patch.patches.random_pruning import RandomPruning
 from infer_patch.patches.sink_window import SinkWindow
 from infer_patch.patches.vertical_slash import VerticalSlash
 
-__all__ = ["Envelope", "FastV", "HiP", "MoA", "RandomPruning", "SinkWindow", "VerticalSlash"]
+__all__ = ["Envelope", "FastV", "GSearch", "HiP", "MoA", "PSigmoid", "RandomPruning", "SinkWindow", "VerticalSlash"]
