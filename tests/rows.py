@@ -7,6 +7,7 @@ from miniatures import MINIATURES, Miniature, text_inputs, vision_inputs
 
 from infer_patch import Method
 from infer_patch.patches import (
+    DyVTE,
     Envelope,
     FastV,
     GSearch,
@@ -78,6 +79,7 @@ ROWS = [
     Row("g_search-to-none", (GSearch(keep_rate=(1, 0.7, 0.7, 0), query="last", pool="per_image"),), vision=True),
     Row("g_search-all", (GSearch(keep_rate=(1, 1, 1, 1)),), vision=True, neutral=True, fires=False),
     Row("p_sigmoid", (PSigmoid(budget=0.65),), vision=True),
+    Row("dyvte-fixed", (DyVTE(policy="fixed", exit_layer=1),), vision=True),  # gates fit one model: test_dyvte
     Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),
     Row("fastv+sink_window", (FastV(layer=1), SinkWindow(window=64, evict=True)), vision=True),
 ]

@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package registers them all."""
 
+from infer_patch.patches.dyvte import DyVTE
 from infer_patch.patches.envelope import Envelope
 from infer_patch.patches.fastv import FastV
 from infer_patch.patches.g_search import GSearch
@@ -10,4 +11,15 @@ from infer_patch.patches.random_pruning import RandomPruning
 from infer_patch.patches.sink_window import SinkWindow
 from infer_patch.patches.vertical_slash import VerticalSlash
 
-__all__ = ["Envelope", "FastV", "GSearch", "HiP", "MoA", "PSigmoid", "RandomPruning", "SinkWindow", "VerticalSlash"]
+__all__ = [
+    "DyVTE",
+    "Envelope",
+    "FastV",
+    "GSearch",
+    "HiP",
+    "MoA",
+    "PSigmoid",
+    "RandomPruning",
+    "SinkWindow",
+    "VerticalSlash",
+]
