@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from infer_patch.cli.bench import bench
 from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.calibrate import dyvte as _dyvte  # noqa: F401
 from infer_patch.cli.calibrate import moa as _moa  # noqa: F401  (adds its command to `calibrate`)
 from infer_patch.cli.calibrate import schedules as _schedules  # noqa: F401
 from infer_patch.cli.chat import chat
