@@ -21,10 +21,11 @@ from torch import Tensor
 from infer_patch.errors import PlanError, UnsupportedModelError
 from infer_patch.families import ModelParts
 from infer_patch.method import Method, Runtime, option
-from infer_patch.pruning import keep_counts
+from infer_patch.pruning import keep_counts, random_scores
 from infer_patch.visual_scores import blank_scores, scores_of, text_after_pictures
 
 QUERIES = ("instruction", "last")
+RANDOM = "random"  # in place of a query: the control, a draw instead of a ranking
 
 
 def counts_of(rates: Sequence[float], tokens: Tensor) -> Tensor:
@@ -113,7 +114,9 @@ class ScheduledPruning(Method):
     """Options of methods that let a given number of visual tokens into each layer."""
 
     schedule_file: str = option("", "JSON file with the keep rates, made by `infer-patch calibrate`")
-    query: str | None = option(None, "whose attention ranks: instruction, last (default: the file's, or instruction)")
+    query: str | None = option(
+        None, "whose attention ranks: instruction, last; or random, the control (default: the file's)"
+    )
     pool: str = option("global", "rates of all pictures together, or of each: global, per_image")
 
     ports = ("reduce",)
@@ -123,8 +126,9 @@ class ScheduledPruning(Method):
     def validate(self) -> None:
         self.require(self.layers is None, "the schedule says where tokens leave; leave `layers` out")
         self.require(isinstance(self.schedule_file, str), f"schedule_file must name a file, got {self.schedule_file!r}")
-        queries = ", ".join(QUERIES)
-        self.require(self.query in (None, *QUERIES), f"query must be one of {queries}, got {self.query!r}")
+        queries = (*QUERIES, RANDOM)
+        known = self.query is None or self.query in queries
+        self.require(known, f"query must be one of {', '.join(queries)}, got {self.query!r}")
         self.require(self.pool in ("per_image", "global"), f"pool must be per_image or global, got {self.pool!r}")
         command = f"`infer-patch calibrate {self.name.replace('_', '-')}`"
         one = bool(self.schedule_file) != self.gives_rates()
@@ -171,7 +175,7 @@ class _Scheduled(Runtime):
         self.judges = {
             layer: max((i for i in parts.full_attention_layers if i < layer), default=layer - 1) for layer in layers
         }
-        self.observes = frozenset(self.judges.values())
+        self.observes = frozenset(() if self.schedule.query == RANDOM else self.judges.values())
 
     def observe(self, layer: int, call: Any) -> None:
         tokens, key = call.tokens, (self, layer)
@@ -182,6 +186,7 @@ class _Scheduled(Runtime):
         scores_of(call, [after[i] if by_instruction else 1 for i in call.samples], tokens.shared[key])
 
     def reduce(self, layer: int, tokens: Any) -> Tensor | None:
-        scores = tokens.shared[self, self.judges[layer]]
+        chance = self.schedule.query == RANDOM
+        scores = random_scores(tokens, seed=0) if chance else tokens.shared[self, self.judges[layer]]
         rates = self.schedule.rates[: layer + 1]
         return keep_counts(scores, tokens, lambda n: counts_of(rates, n)[-1], self.config.pool)

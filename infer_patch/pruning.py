@@ -74,3 +74,10 @@ def keep_counts(scores: Tensor, tokens: Tokens, counts: Callable[[Tensor], Tenso
         rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
         keep = keep | (member & (rank < k[:, None]))
     return keep
+
+
+def random_scores(tokens: Tokens, seed: int) -> Tensor:
+    """A uniform draw for each place among the visual tokens of a sample, [B, T]: the same alone and in a batch."""
+    draw = torch.rand(tokens.length, generator=torch.Generator().manual_seed(seed))
+    place = (cast(Tensor, tokens.image) >= 0).cumsum(1) - 1
+    return draw.to(place.device)[place.clamp(min=0)]

@@ -10,9 +10,11 @@ from miniatures import GREEDY, IMAGE, MINIATURES, text_inputs, vision_inputs
 
 import infer_patch
 from infer_patch import Plan
+from infer_patch.demo_vlm import load_demo_vlm
 from infer_patch.errors import PlanError, UnsupportedModelError
+from infer_patch.evals.evaluate import at_random
 from infer_patch.keep_schedule import Schedule, counts_of, read_schedule
-from infer_patch.patches import FastV, GSearch, PSigmoid
+from infer_patch.patches import FastV, GSearch, PSigmoid, RandomPruning
 from infer_patch.patches.g_search import search
 from infer_patch.patches.p_sigmoid import sigmoid_rates
 from infer_patch.visual_scores import last_rows_attention
@@ -229,6 +231,19 @@ def test_kept_sets_are_nested_and_counted(family):
     assert (image[2] < 0).all()  # a sample without a picture loses nothing
 
 
+def test_the_control_draws_the_same_places_as_random_pruning():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2, 0), seed=2)
+    step, logits = kept(model, inputs, GSearch(keep_rate=(1, 0.5, 0.5, 0.5), query="random"))
+    control, expected = kept(model, inputs, RandomPruning(layer=1, pool="global"))
+    assert torch.equal(step[1][0], control[1][0]) and torch.equal(logits, expected)
+    found, _ = kept(model, inputs, PSigmoid(budget=0.65, query="random"))
+    sets = [keep for _, (keep, _) in sorted(found.items())]
+    assert len(sets) == 2 and not (sets[1] & ~sets[0]).any()
+    plan = at_random(Plan((PSigmoid(budget=0.65), FastV())))
+    assert plan.methods == (PSigmoid(budget=0.65, query="random"), RandomPruning()) and at_random(plan) is None
+
+
 def test_rates_of_each_picture():
     mini = MINIATURES["llava"]
     model, inputs = mini.build(), vision_inputs(mini, images=(2,), gap=0, seed=2)
@@ -358,3 +373,15 @@ def test_models_that_are_refused(tmp_path):
     for method in (GSearch(keep_rate=(1, 1, 0.5, 0)), PSigmoid(budget=0.6)):
         with pytest.raises(UnsupportedModelError, match=f"{method.name} prunes visual tokens, and llama has none"):
             infer_patch.patch(MINIATURES["llama"].build(), method)
+
+
+@pytest.mark.parametrize(
+    "name, method", [("g_search-demo-vlm.json", GSearch), ("p_sigmoid-demo-vlm-30.json", PSigmoid)]
+)
+def test_schedules_that_ship_fit_the_demo_model(name, method):
+    model, _ = load_demo_vlm()
+    ids = torch.tensor([[1, 10, *[model.config.image_token_id] * 256, 20, 30]])
+    with infer_patch.patch(model, method(schedule_file=name)) as handle, torch.no_grad():
+        model(ids, pixel_values=torch.zeros(1, 3, 128, 128))
+    kept = handle.report().methods[method.name]["visual_tokens_kept"]
+    assert kept[max(kept)] <= 32 and sum(kept.values()) < 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from infer_patch.keep_schedule import Schedule, ScheduledPruning
+from infer_patch.keep_schedule import QUERIES, Schedule, ScheduledPruning
 from infer_patch.method import option, register
 
 FIRST = 1  # the earliest layer that inline rates may shorten: layer 0 has no judge
@@ -28,9 +28,9 @@ class GSearch(ScheduledPruning):
         name that is no file here is looked for among those that ship with the package.
     keep_rate : tuple of float
         The rates themselves, one per layer, from 1 down, in place of a file.
-    query : {"instruction", "last"}, optional
+    query : {"instruction", "last", "random"}, optional
         Whose attention ranks: the mean over all text behind the last picture, or the last token as in FastV. Default:
-        what the file was made with; "instruction" for inline rates.
+        what the file was made with; "instruction" for inline rates. "random" draws instead: the control.
     pool : {"global", "per_image"}
         Rates of all visual tokens of a sample together, or of each picture.
 
@@ -50,13 +50,13 @@ class GSearch(ScheduledPruning):
     def validate(self) -> None:
         super().validate()
         if self.keep_rate:
-            Schedule.of(self.keep_rate, self.query or "instruction", FIRST, self.name)
+            Schedule.of(self.keep_rate, QUERIES[0], FIRST, self.name)
 
     def gives_rates(self) -> bool:
         return len(self.keep_rate) > 0
 
     def given_rates(self, layers: int) -> Schedule:
-        return Schedule(tuple(float(r) for r in self.keep_rate))
+        return Schedule(tuple(float(r) for r in self.keep_rate), QUERIES[0])
 
 
 def search(

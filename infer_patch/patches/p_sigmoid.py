@@ -35,8 +35,9 @@ class PSigmoid(ScheduledPruning):
     schedule_file : str
         JSON file made by `infer-patch calibrate p-sigmoid`, in place of the options above. A bare name that is no
         file here is looked for among those that ship with the package.
-    query : {"instruction", "last"}, optional
-        Whose attention ranks: the mean over all text behind the last picture, or the last token as in FastV.
+    query : {"instruction", "last", "random"}, optional
+        Whose attention ranks: the mean over all text behind the last picture, or the last token as in FastV. "random"
+        draws instead: the control.
     pool : {"global", "per_image"}
         Rates of all visual tokens of a sample together, or of each picture.
 
