@@ -13,13 +13,8 @@ from typer.testing import CliRunner
 import infer_patch
 from infer_patch.calibration import keep_schedules, visual_quality
 from infer_patch.calibration.bayes import expected_improvement, maximise
-from infer_patch.calibration.keep_schedules import (
-    Curves,
-    SearchSettings,
-    SigmoidSettings,
-    calibrate_g_search,
-    calibrate_p_sigmoid,
-)
+from infer_patch.calibration.keep_schedules import Curves, calibrate_g_search, calibrate_p_sigmoid
+from infer_patch.calibration.schedule_settings import SearchSettings, SigmoidSettings
 from infer_patch.calibration.visual_quality import Quality, Trace
 from infer_patch.calibration.visual_questions import Source, questions
 from infer_patch.cli import app

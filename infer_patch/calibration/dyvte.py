@@ -35,7 +35,9 @@ _IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings:
-    """Parameters
+    """How gates are fitted.
+
+    Parameters
     ----------
     source : Source
         The questions; gates are judged on its held-out pictures.

@@ -67,7 +67,8 @@ def g_search(
     """
 
     def run(source: Source, *given: Any) -> dict[str, Any]:
-        from infer_patch.calibration.keep_schedules import SearchSettings, calibrate_g_search
+        from infer_patch.calibration.keep_schedules import calibrate_g_search
+        from infer_patch.calibration.schedule_settings import SearchSettings
 
         settings = SearchSettings(
             source=source,
@@ -112,7 +113,8 @@ def p_sigmoid(
     """
 
     def run(source: Source, *given: Any) -> dict[str, Any]:
-        from infer_patch.calibration.keep_schedules import SigmoidSettings, calibrate_p_sigmoid
+        from infer_patch.calibration.keep_schedules import calibrate_p_sigmoid
+        from infer_patch.calibration.schedule_settings import SigmoidSettings
 
         settings = SigmoidSettings(
             source=source,
