@@ -224,6 +224,7 @@ class _Gated(Runtime):
         left = tokens.shared.get(self)
         if left is None:
             left = torch.zeros(tokens.batch, dtype=torch.bool, device=hidden.device)
+        left = left.to(hidden.device)
         features = gate_features(hidden, image >= 0, tokens.last_index.to(hidden.device))
         w1, w2 = (w.to(hidden.device) for w in self.gates[layer - 1])
         now = fires(gate_logits(features, w1, w2), self.config.threshold) & _asked(tokens).to(hidden.device) & ~left

@@ -55,7 +55,6 @@ class PSigmoid(ScheduledPruning):
 
     paper = "arXiv 2412.00556"
     summary = "a fixed budget of visual tokens, spread over the layers along a sigmoid"
-    artifact = "optional: a schedule file (infer-patch calibrate p-sigmoid)"
     given = "budget, with top, bottom, steepness and first as wanted"
 
     def validate(self) -> None:
