@@ -101,13 +101,13 @@ def test_a_gate_learns_what_can_be_told_apart():
     labels = torch.arange(80) % 4 == 0
     features = torch.randn(80, 20) * 50
     features[:, 3] += labels * 400.0
-    w1, w2 = fit_gate(features, labels, dataclasses.replace(QUICK, hidden=16, steps=200))
+    w1, w2 = fit_gate(features, labels, dataclasses.replace(QUICK, hidden=16, steps=200, learning_rate=1e-3))
     assert w1.shape == (16, 20) and w2.shape == (2, 16)
     assert class_accuracy(features, labels, w1, w2) == {
         "stay": {"samples": 60, "right": 1.0},
         "leave": {"samples": 20, "right": 1.0},
     }
-    again = fit_gate(features, labels, dataclasses.replace(QUICK, hidden=16, steps=200))
+    again = fit_gate(features, labels, dataclasses.replace(QUICK, hidden=16, steps=200, learning_rate=1e-3))
     assert torch.equal(w1, again[0]) and torch.equal(w2, again[1])
     one_class = class_accuracy(features, torch.ones(80, dtype=torch.bool), w1, -w2)
     assert one_class["stay"] == {"samples": 0, "right": None} and one_class["leave"]["right"] == 0.75

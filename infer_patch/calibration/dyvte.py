@@ -51,8 +51,8 @@ class GateSettings:
 
     source: Source = field(default_factory=Source)
     hidden: int = 64
-    steps: int = 300
-    learning_rate: float = 1e-3
+    steps: int = 60
+    learning_rate: float = 3e-4
     weight_decay: float = 0.1
     seed: int = 0
 

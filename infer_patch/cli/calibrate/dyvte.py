@@ -26,7 +26,7 @@ def dyvte(
     pictures: Annotated[int, typer.Option(help="Pictures to fit on, about 11.5 questions each.", min=1)] = 40,
     held_out: Annotated[int, typer.Option(help="Other pictures, that gates are judged on.", min=1)] = 12,
     hidden: Annotated[int, typer.Option(help="Width of a gate; the paper's is 2048.")] = 64,
-    steps: Annotated[int, typer.Option(help="Steps of fitting a gate.")] = 300,
+    steps: Annotated[int, typer.Option(help="Steps of fitting a gate.")] = 60,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
