@@ -10,6 +10,7 @@ from test_behaviour import snapshot
 
 import infer_patch
 from infer_patch.artifacts import save_artifact
+from infer_patch.demo_vlm import load_demo_vlm
 from infer_patch.errors import ArtifactError, PlanError, UnsupportedModelError
 from infer_patch.patches import DyVTE, FastV, dyvte
 from infer_patch.patches.dyvte import exit_labels, fires, gate_features, gate_logits
@@ -340,3 +341,19 @@ def test_models_and_folders_that_do_not_fit(tmp_path):
         infer_patch.patch(model, DyVTE(gates=str(folder)))
     assert not infer_patch.api.is_patched(model)
     assert json.loads((folder / "artifact.json").read_text())["method"] == "dyvte"
+
+
+@pytest.mark.filterwarnings("ignore:.*never took effect")
+def test_gates_that_ship_fit_the_demo_model():
+    model, _ = load_demo_vlm()
+    ids = torch.tensor([[1, 10, *[model.config.image_token_id] * 256, 20, 30]])
+    pixels = torch.zeros(1, 3, 128, 128)
+    with infer_patch.patch(model, DyVTE(gates="dyvte-demo-vlm", threshold=0.5)) as handle, torch.no_grad():
+        cache = model(ids, pixel_values=pixels).past_key_values
+        gates = handle._engine.methods[0][2].gates
+    assert {w1.shape for w1, _ in gates.values()} == {(32, 512)} and sorted(gates) == list(range(7))
+    left = [layer for layer, n in exits(handle).items() if n]
+    rows = [held.keys.shape[2] for held in cache.layers]
+    assert rows == ([260] * 8 if not left else [260] * left[0] + [4] * (8 - left[0]))
+    with pytest.raises(ArtifactError, match="was made for another model"):
+        infer_patch.patch(MINIATURES["llava"].build(), DyVTE(gates="dyvte-demo-vlm"))
