@@ -38,6 +38,7 @@ from infer_patch.pruning import LayerPruning
 LAYER = 2  # where fastv and random drop, and the first layer that schedules may shorten
 SHARES = (0.5, 0.25, 0.125, 0.0625)  # of the visual tokens, from LAYER on
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+NEAR = 0.01  # of the visual tokens: so many fewer than random's are compared with it all the same
 
 
 def main() -> None:
@@ -97,7 +98,9 @@ class Plans:
             if "vtc_cls" in methods():  # before the decoder: as many tokens on average as the others
                 plans.append(named("vtc_cls", share, methods()["vtc_cls"](drop_ratio=round(1 - budget, 6))))  # type: ignore[call-arg]
         for eps in (0.01,) if self.given.few else (0.0, 0.01, 0.05):
-            plans.append(named("g_search", eps, GSearch(schedule_file=str(self.searched(eps)))))
+            file = str(self.searched(eps))
+            plans.append(named("g_search", eps, GSearch(schedule_file=file)))
+            plans.append(named("g_search at random", eps, GSearch(schedule_file=file, query="random")))
         gates = str(self.gates())
         plans += [
             named("dyvte", t, DyVTE(gates=gates, threshold=t)) for t in ((0.5,) if self.given.few else THRESHOLDS)
@@ -210,7 +213,9 @@ def tabulate(found: Evaluation, plans: dict[str, Plan], parts: ModelParts) -> li
 
 
 def interpolated(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """On the line through the neighbouring points; None outside."""
+    """On the line through the neighbouring points; that of the first point a little below it, None farther outside."""
+    if points and points[0][0] - NEAR <= x < points[0][0]:
+        return points[0][1]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
@@ -242,6 +247,8 @@ def comparisons(found: Evaluation, rows: Sequence[dict[str, Any]]) -> list[str]:
     for share in SHARES:
         ours = f"p_sigmoid {share:g}"
         lines += [compared(ours, f"{k} {share:g}") for k in ("fastv", "linear", "random") if ours in names]
+    searched = [row["plan"] for row in rows if row["kind"] == "g_search"]
+    lines += [compared(plan, plan.replace("g_search", "g_search at random")) for plan in searched]
     fixed = [row for row in rows if row["kind"] == "fixed exit"]
     for row in (row for row in rows if row["kind"] == "dyvte"):
         at_most = [other for other in fixed if other["mean_kept"] <= row["mean_kept"] + 1e-9]
@@ -268,7 +275,8 @@ def as_text(rows: Sequence[dict[str, Any]], lines: Sequence[str]) -> str:
     for row in sorted(rows, key=lambda r: (r["kind"] != "unpatched", r["kind"], -r["mean_kept"])):
         change, control = row["paired"], row["random_accuracy"]
         against = f"{100 * change['difference']:+.1f} (p {change['p_value']:.2g})" if change else "-"
-        loses = row["kind"] not in ("random", "unpatched") and control is not None and row["accuracy"] < control
+        chosen = row["kind"] not in ("random", "unpatched", "g_search at random")
+        loses = chosen and control is not None and row["accuracy"] < control
         cells = [
             row["plan"],
             *(f"{100 * row[name]:.1f} %" for name in ("mean_kept", "last_kept", "work", "accuracy", "f1", "yes_ratio")),

@@ -48,7 +48,7 @@ def test_tokens_per_layer(script):
 def test_the_table_says_where_random_is_better(script):
     points = [(0.2, 0.5), (0.6, 0.9), (1.0, 1.0)]
     assert [script.interpolated(points, x) for x in (0.2, 0.4, 0.8)] == pytest.approx([0.5, 0.7, 0.95])
-    assert script.interpolated(points, 0.1) is None
+    assert script.interpolated(points, 0.1) is None and script.interpolated(points, 0.195) == 0.5
     common = {"last_kept": 0.1, "work": 0.5, "f1": 0.8, "yes_ratio": 0.5, "mean_kept": 0.4, "random_accuracy": 0.7}
     change = {"difference": -0.1, "p_value": 0.01}
     rows = [
