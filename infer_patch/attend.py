@@ -73,6 +73,11 @@ def _dense_mask(inputs: LayerInputs, mask: Any) -> Any:
     """What the model's own attention gets as its mask: over the rows that are here."""
     run, view = inputs.run, inputs.view
     if view.positions is None:
+        cached = inputs.q.shape[2] < inputs.k.shape[2]
+        if cached and run.held(inputs.layer) is not None and isinstance(mask, LazyMask) and not mask.is_plain_causal:
+            # a layer with a window of its own: its mask is made for the few keys that transformers would have kept
+            keys, start = run.every_row(inputs.k.shape[2])
+            return mask.over_rows(None, keys, inputs.q.shape[2], start)
         return mask.dense() if isinstance(mask, LazyMask) else mask
     if not isinstance(mask, LazyMask):
         raise UnsupportedCallError("this model makes no attention mask that rows could be taken from.")

@@ -92,6 +92,7 @@ _TABLE = (
         "pip install torchvision  # the release that belongs to your torch",
     ),
     Requirement("scipy", "scipy", "eval", "1.10", "paired statistics of evaluations"),
+    Requirement("scikit-learn", "sklearn", "calibrate", "1.4", "tuning p_sigmoid (infer-patch calibrate)"),
     Requirement("datasets", "datasets", "eval", "3.0", "data sets from the hub"),
     Requirement("lm-eval", "lm_eval", "lm-eval", "0.4.10", "lm-evaluation-harness tasks"),
     Requirement("lmms-eval", "lmms_eval", "lmms-eval", "0.7", "lmms-eval tasks"),

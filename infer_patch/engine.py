@@ -299,10 +299,11 @@ class Engine:
                 continue
             if tokens.is_new is not None:
                 keep = keep & tokens.is_new
-            if run.reduction is not None:
-                keep = keep & run.reduction.keep
+            before = None if run.reduction is None else run.reduction.keep
+            if before is not None:
+                keep = keep & before
             run.reduction = Reduction.of(keep)
-            self.stats.reduced(runtime.config.name, number, keep, cast(Tensor, tokens.image))
+            self.stats.reduced(runtime.config.name, number, keep, cast(Tensor, tokens.image), before)
 
     def _scatter(self, number: int, args: tuple[Any, ...], output: Any) -> Any:
         """After a layer: put its rows back into the full sequence."""

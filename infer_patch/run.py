@@ -80,6 +80,15 @@ class Run:
             return KeyView(rows)
         return KeyView(rows, self.reduction.start, self.reduction.positions(self.tokens.past))
 
+    def every_row(self, rows: int) -> tuple[Tensor, tuple[int, ...]]:
+        """Logical indices [B, rows] of key rows none of which was dropped, and the padding before each sample."""
+        key = ("every row", rows)
+        if key not in self.tokens.shared:
+            numbers = torch.arange(rows, device=self.tokens.device).expand(self.tokens.batch, -1)
+            padding = tuple(first for first, _ in self.tokens.bounds or [(0, rows)] * self.tokens.batch)
+            self.tokens.shared[key] = numbers, padding
+        return self.tokens.shared[key]
+
     def once(self, value: Tensor, make: Any) -> Tensor:
         """make(value), computed once per reduction: layers share masks, positions and rotary tables."""
         key = (id(value), id(self.reduction))

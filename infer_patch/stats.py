@@ -24,6 +24,7 @@ class MethodStats:
     dense_calls: dict[str, int] = field(default_factory=dict)  # reason -> attention calls that ran dense
     kept: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens that went on
     total: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens there were
+    emptied: dict[int, Any] = field(default_factory=dict)  # layer -> samples that lost their last visual token there
     last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> (keep, image) of the last call
     stored: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> rows held, tokens seen (last call)
     # layer -> bytes held by precision, and what the same tokens take unquantised (last call; packed caches only)
@@ -109,8 +110,10 @@ class Stats:
         calls = self.methods[name].left_alone
         calls[reason] = calls.get(reason, 0) + 1
 
-    def reduced(self, name: str, layer: int, keep: Tensor, image: Tensor) -> None:
+    def reduced(self, name: str, layer: int, keep: Tensor, image: Tensor, before: Tensor | None = None) -> None:
         stats, visual = self.methods[name], image >= 0
+        had = visual if before is None else visual & before
+        stats.emptied[layer] = stats.emptied.get(layer, 0) + (had.any(1) & ~(keep & visual).any(1)).sum()
         stats.kept[layer] = stats.kept.get(layer, 0) + (keep & visual).sum()
         stats.total[layer] = stats.total.get(layer, 0) + visual.sum()
         stats.last[layer] = (keep, image)
@@ -186,6 +189,9 @@ def _figures(stats: MethodStats) -> dict[str, Any]:
     if stats.total:
         figures["visual_tokens_kept"] = {i: int(stats.kept[i]) for i in sorted(stats.kept)}
         figures["visual_tokens"] = {i: int(stats.total[i]) for i in sorted(stats.total)}
+        emptied = {i: int(stats.emptied[i]) for i in sorted(stats.emptied)}
+        if any(emptied.values()):
+            figures["samples_emptied"] = emptied
         figures["kept_per_image"] = {i: _per_image(*stats.last[i]) for i in sorted(stats.last)}
     if stats.stored:
         figures["rows_held"] = {i: rows for i, (rows, _) in sorted(stats.stored.items())}
@@ -239,6 +245,11 @@ def describe(figures: dict[str, Any]) -> str:
         first = min(figures["visual_tokens"], key=int)  # texts, where a report comes from a file
         kept = figures["visual_tokens_kept"][first]
         words.append(f"kept {kept} of {figures['visual_tokens'][first]} visual tokens from layer {first} on")
+    if "samples_emptied" in figures:
+        counts = {layer: n for layer, n in figures["samples_emptied"].items() if n}
+        words.append(
+            "no visual tokens left " + ", ".join(f"from layer {i} on in {n} samples" for i, n in counts.items())
+        )
     if "bytes_by_precision" in figures:
         held, whole = figures["bytes_by_precision"], figures["bytes_unquantised"]
         parts = ", ".join(f"{_size(n)} in {name}" for name, n in held.items())

@@ -9,11 +9,14 @@ from infer_patch import Method
 from infer_patch.patches import (
     ACT,
     VAR,
+    DyVTE,
     Envelope,
     FastV,
+    GSearch,
     HiP,
     KVQuant,
     MoA,
+    PSigmoid,
     RandomPruning,
     SinkWindow,
     VerticalSlash,
@@ -96,6 +99,11 @@ ROWS = [
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
+    Row("g_search", (GSearch(keep_rate=(1, 1, 0.6, 0.2)),), vision=True),
+    Row("g_search-to-none", (GSearch(keep_rate=(1, 0.7, 0.7, 0), query="last", pool="per_image"),), vision=True),
+    Row("g_search-all", (GSearch(keep_rate=(1, 1, 1, 1)),), vision=True, neutral=True, fires=False),
+    Row("p_sigmoid", (PSigmoid(budget=0.65),), vision=True),
+    Row("dyvte-fixed", (DyVTE(policy="fixed", exit_layer=1),), vision=True),  # gates fit one model: test_dyvte
     # sinks are found from all rows of a prompt at once
     Row("act", (ACT(heads=HEADS, **KEEN),), **WHOLE),
     Row("act-frozen", (ACT(heads=HEADS, decode="frozen", **KEEN),), **WHOLE),

@@ -12,8 +12,10 @@ from typer.core import TyperGroup
 from infer_patch.cli.bench import bench
 from infer_patch.cli.calibrate import act as _act  # noqa: F401  (each adds its command to `calibrate`)
 from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.calibrate import dyvte as _dyvte  # noqa: F401
 from infer_patch.cli.calibrate import kv as _kv  # noqa: F401
 from infer_patch.cli.calibrate import moa as _moa  # noqa: F401
+from infer_patch.cli.calibrate import schedules as _schedules  # noqa: F401
 from infer_patch.cli.calibrate import var as _var  # noqa: F401
 from infer_patch.cli.chat import chat
 from infer_patch.cli.compare import compare

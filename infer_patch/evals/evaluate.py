@@ -28,6 +28,7 @@ from infer_patch.evals.schema import SCHEMA, EvalSample, EvalSummary, Manifest
 from infer_patch.evals.shards import Shard
 from infer_patch.evals.summary import OTHER_BACKEND, REPEATED
 from infer_patch.evals.task import Item, Task
+from infer_patch.keep_schedule import RANDOM, ScheduledPruning
 from infer_patch.machine import machine
 from infer_patch.method import Method
 from infer_patch.plan import Plan, PlanLike
@@ -186,6 +187,8 @@ def at_random(plan: Plan) -> Plan | None:
         if isinstance(method, LayerPruning) and not isinstance(method, RandomPruning):
             shared = {f.name: getattr(method, f.name) for f in dataclasses.fields(LayerPruning)}
             methods.append(RandomPruning(**shared))
+        elif isinstance(method, ScheduledPruning):
+            methods.append(dataclasses.replace(method, query=RANDOM))
         else:
             methods.append(method)
     return None if tuple(methods) == plan.methods else Plan(tuple(methods), f"{plan.name}-random")

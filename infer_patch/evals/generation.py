@@ -122,6 +122,22 @@ def generate_batch(model: Any, inputs: Mapping[str, Any], max_new_tokens: int, q
     )
 
 
+@torch.no_grad()
+def forced_choices(model: Any, inputs: Mapping[str, Any], answers: list[list[int]]) -> list[list[int]]:
+    """What the model would choose at each token of given answers, one per sample of a left-padded batch.
+
+    The answers are fed token by token through the cache (teacher forcing), so each choice follows the given tokens
+    before it, not the choices.
+    """
+    longest, length = max(map(len, answers)), inputs["input_ids"].shape[1]
+    config = _greedy(model, longest, keep_logits=False)
+    rows = [answer + [config.pad_token_id] * (longest - len(answer)) for answer in answers]
+    forced = _ForcedBatch(torch.tensor(rows, device=model.device), length)
+    model.generate(**inputs, generation_config=config, logits_processor=[forced])
+    chosen = torch.stack(forced.chosen, 1).tolist()
+    return [row[: len(answer)] for row, answer in zip(chosen, answers)]
+
+
 def _read_context(model: Any, inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     """Prefill the first `length` columns; what `generate` takes to go on with the rest."""
     shape = inputs["input_ids"].shape
@@ -177,6 +193,20 @@ class _Watch(LogitsProcessor):
         held = torch.full_like(scores, -torch.inf)
         held[:, self.forced[step]] = 0
         return held
+
+
+@dataclass
+class _ForcedBatch(LogitsProcessor):
+    """Notes the likeliest tokens of every step, and leaves only the forced ones to choose."""
+
+    answers: Tensor
+    prompt_length: int
+    chosen: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt_length
+        self.chosen.append(scores.argmax(-1))
+        return torch.full_like(scores, -torch.inf).scatter(1, self.answers[:, step : step + 1], 0.0)
 
 
 def _greedy(model: Any, max_new_tokens: int, keep_logits: bool) -> GenerationConfig:

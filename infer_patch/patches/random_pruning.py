@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from infer_patch.method import Runtime, option, register
-from infer_patch.pruning import LayerPruning, keep_best
+from infer_patch.pruning import LayerPruning, keep_best, random_scores
 
 
 @register("random")
@@ -44,7 +43,5 @@ class _RandomPruning(Runtime):
     config: RandomPruning
 
     def reduce(self, layer: int, tokens: Any) -> Tensor | None:
-        draw = torch.rand(tokens.length, generator=torch.Generator().manual_seed(self.config.seed))
-        place = (tokens.image >= 0).cumsum(1) - 1
-        scores = draw.to(place.device)[place.clamp(min=0)]
+        scores = random_scores(tokens, self.config.seed)
         return keep_best(scores, tokens, self.config.drop_ratio, self.config.pool)
