@@ -74,6 +74,7 @@ class IndexedLayer(CacheLayerMixin):
         self.start: tuple[int, ...] | None = None
         self.state: dict[Any, Any] = {}  # what a method remembers about these keys; dropped when rows move
         self.notes: dict[Any, Any] = {}  # what it remembers about the text; kept until the layer is emptied
+        self.marks: dict[Any, Tensor] = {}  # the same for each sample (the first axis); goes where the sample goes
         self.view = KeyView(0)
         self._tokens: Tokens | None = None
         self._reduction: Reduction | None = None
@@ -256,7 +257,11 @@ class IndexedLayer(CacheLayerMixin):
         if self._positions is not None:
             self._positions = self._positions.index_select(0, index.to(self._positions.device))
         self._take_host(index.tolist())
+        self._take_marks(index)
         self.state = {}
+
+    def _take_marks(self, index: Tensor) -> None:
+        self.marks = {name: x.index_select(0, index.to(x.device)) for name, x in self.marks.items()}
 
     def _take_host(self, index: list[int]) -> None:
         if self.start is not None:
