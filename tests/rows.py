@@ -6,7 +6,7 @@ from pathlib import Path
 from miniatures import MINIATURES, Miniature, text_inputs, vision_inputs
 
 from infer_patch import Method
-from infer_patch.patches import Envelope, FastV, HiP, MoA, RandomPruning, SinkWindow, VerticalSlash
+from infer_patch.patches import VTCCLS, Envelope, FastV, HiP, MoA, RandomPruning, SinkWindow, VerticalSlash
 
 # spans of 128 tokens, 0.75 N - 64, 0.75 N and N, mixed over the query heads of the miniatures; and N throughout
 SPANS, DENSE_SPANS = (str(Path(__file__).parent / "data" / f"moa-plan{x}.json") for x in ("", "-dense"))
@@ -64,6 +64,10 @@ ROWS = [
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
+    Row("vtc_cls", (VTCCLS(drop_ratio=0.5),), vision=True),
+    Row("vtc_cls-keep", (VTCCLS(tokens=3, ensemble_k=1, positions="keep"),), vision=True),
+    Row("vtc_cls-all", (VTCCLS(tokens=999),), vision=True, neutral=True, fires=False),
+    Row("vtc_cls+fastv", (VTCCLS(drop_ratio=0.25), FastV(layer=2)), vision=True),
     Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),
     Row("fastv+sink_window", (FastV(layer=1), SinkWindow(window=64, evict=True)), vision=True),
 ]

@@ -7,5 +7,6 @@ from infer_patch.patches.moa import MoA
 from infer_patch.patches.random_pruning import RandomPruning
 from infer_patch.patches.sink_window import SinkWindow
 from infer_patch.patches.vertical_slash import VerticalSlash
+from infer_patch.patches.vtc_cls import VTCCLS
 
-__all__ = ["Envelope", "FastV", "HiP", "MoA", "RandomPruning", "SinkWindow", "VerticalSlash"]
+__all__ = ["VTCCLS", "Envelope", "FastV", "HiP", "MoA", "RandomPruning", "SinkWindow", "VerticalSlash"]
