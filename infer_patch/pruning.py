@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -50,11 +51,16 @@ def count_to_keep(tokens: Tensor, drop_ratio: float) -> Tensor:
 
 
 def keep_best(scores: Tensor, tokens: Tokens, drop_ratio: float, pool: str) -> Tensor:
-    """Text and the best-scored visual tokens: bool [B, T].
+    """Text and the best-scored visual tokens, 1 - `drop_ratio` of them: bool [B, T]; see `keep_counts`."""
+    return keep_counts(scores, tokens, lambda n: count_to_keep(n, drop_ratio), pool)
 
-    scores [B, T] are read at visual tokens only. pool "per_image" gives each picture its own share, "global" one share
-    to all pictures of a sample. Ties go to the lower index. A sample whose last token here is visual keeps everything:
-    its prompt is not complete (chunked prefill).
+
+def keep_counts(scores: Tensor, tokens: Tokens, counts: Callable[[Tensor], Tensor], pool: str) -> Tensor:
+    """Text and the best-scored visual tokens, `counts` of them: bool [B, T].
+
+    scores [B, T] are read at visual tokens only. `counts` maps numbers of tokens to how many stay. pool "per_image"
+    gives each picture its own share, "global" one share to all pictures of a sample. Ties go to the lower index. A
+    sample whose last token here is visual keeps everything: its prompt is not complete (chunked prefill).
     """
     image = cast(Tensor, tokens.image)  # reducers run only where there are visual tokens
     complete = image.gather(1, tokens.last_index[:, None]) < 0
@@ -62,7 +68,7 @@ def keep_best(scores: Tensor, tokens: Tokens, drop_ratio: float, pool: str) -> T
     groups = image if pool == "per_image" else image.clamp(max=0)
     for picture in range(int(groups.max()) + 1):
         member = groups == picture
-        k = count_to_keep(member.sum(1), drop_ratio)
+        k = counts(member.sum(1))
         order = scores.masked_fill(~member, float("-inf")).sort(dim=1, descending=True, stable=True).indices
         rank = torch.empty_like(order)
         rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
