@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infer_patch.method import Runtime, option, register
-from infer_patch.pruning import LayerPruning, keep_best
+from infer_patch.pruning import LayerPruning, count_to_keep, keep_counts
 
 
 @register("random")
@@ -28,13 +28,21 @@ class RandomPruning(LayerPruning):
         Share of the visual tokens to drop, in [0, 1).
     pool : {"per_image", "global"}
         Each picture loses its own share, or a sample's pictures one share together.
+    tokens : int, optional
+        Visual tokens to keep of every picture (or sample), in place of `drop_ratio`.
     seed : int
         Seed of the draw.
     """
 
+    tokens: int | None = option(None, "visual tokens to keep, in place of drop_ratio")
     seed: int = option(0, "seed of the draw")
 
     summary = "drop random visual tokens (the control at equal budget)"
+
+    def validate(self) -> None:
+        super().validate()
+        count = self.tokens
+        self.require(count is None or (isinstance(count, int) and count >= 1), f"tokens must be 1 or more, got {count}")
 
     def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
         return _RandomPruning(self, parts, layers)
@@ -47,4 +55,9 @@ class _RandomPruning(Runtime):
         draw = torch.rand(tokens.length, generator=torch.Generator().manual_seed(self.config.seed))
         place = (tokens.image >= 0).cumsum(1) - 1
         scores = draw.to(place.device)[place.clamp(min=0)]
-        return keep_best(scores, tokens, self.config.drop_ratio, self.config.pool)
+        return keep_counts(scores, tokens, self._count, self.config.pool)
+
+    def _count(self, there: Tensor) -> Tensor:
+        if self.config.tokens is None:
+            return count_to_keep(there, self.config.drop_ratio)
+        return there.clamp(max=self.config.tokens)

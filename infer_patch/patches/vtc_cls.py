@@ -103,6 +103,10 @@ class VTCCLS(Method):
         start = self.start_block + (tower.blocks if self.start_block < 0 else 0)
         return tuple(i for i in tower.whole if start <= i <= feature_block)
 
+    def at_random(self) -> dict[str, Any]:
+        """Options of `random` that keep as many tokens (evaluations put it beside this method)."""
+        return {"layer": 0, "drop_ratio": self.drop_ratio, "tokens": self.tokens}
+
     def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
         return _VTCCLS(self, parts, layers)
 
