@@ -12,7 +12,7 @@ from infer_patch.kernels.block_mask import BlockMask, causal_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention
 from infer_patch.kernels.dense_attention import dense_attention
 from infer_patch.method import Runtime
-from infer_patch.run import AttentionCall, LayerInputs
+from infer_patch.run import AttentionCall, LayerInputs, index_of
 from infer_patch.stats import Stats
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def attend(
     if output is None:
         output, weights = port.dense(module, q, k, v, _dense_mask(inputs, mask), **kwargs)
     for runtime in engine.calibrators.get(layer, ()):
-        output = _calibrated(runtime, inputs, output, engine.stats)
+        if kwargs.get("dropout"):
+            raise UnsupportedCallError(DROPOUT)
+        output = _calibrated(runtime, inputs, output, mask, engine.stats)
     return output, weights
 
 
@@ -80,12 +82,7 @@ def _sparse(runtime: Runtime, inputs: LayerInputs, mask: Any, kwargs: dict[str, 
     """Block-sparse attention [B, T, H, D], or None to run dense."""
     if kwargs.get("dropout"):
         raise UnsupportedCallError(DROPOUT)
-    reason = None
-    if isinstance(mask, LazyMask) and not mask.is_plain_causal:
-        reason = "the model's own mask is not plain causal"
-    elif inputs.view.start is None and inputs.run.tokens.has_holes:
-        reason = "padding stands between real tokens"
-    if reason is not None:
+    if (reason := _not_causal(inputs, mask)) is not None:
         if any(inputs.view.evicted):
             raise UnsupportedCallError(f"keys were evicted, and {reason}: this call cannot be served.")
         stats.dense(runtime.config.name, reason)
@@ -120,11 +117,29 @@ def _count(name: str, layer: int, call: AttentionCall, choice: BlockMask | str, 
     stats.selected(name, layer, read, causal * batch * kv_heads, decode=call.q.shape[2] == 1)
 
 
-def _calibrated(runtime: Runtime, inputs: LayerInputs, output: Tensor, stats: Stats) -> Tensor:
-    corrected = output.transpose(1, 2).clone()
+def _calibrated(runtime: Runtime, inputs: LayerInputs, output: Tensor, mask: Any, stats: Stats) -> Tensor:
+    """The output [B, T, H, D] with what one method corrects in it."""
+    name, layer = runtime.config.name, inputs.layer
+    if (reason := _not_causal(inputs, mask)) is not None:
+        stats.left_alone(name, reason)
+        return output
+    corrected = None
     for call in inputs.calls():
-        part = corrected[call.samples, :, call.query_rows]
-        corrected[call.samples, :, call.query_rows] = runtime.calibrate(inputs.layer, call, part)
-    counts = stats.methods[runtime.config.name].calibrated
-    counts[inputs.layer] = counts.get(inputs.layer, 0) + 1
-    return corrected.transpose(1, 2).contiguous()
+        here = index_of(call.samples)
+        part = runtime.calibrate(layer, call, output[here, call.query_rows].transpose(1, 2))
+        if isinstance(part, str):
+            stats.left_alone(name, part)
+            continue
+        stats.calibrated(name, layer, call.counts)
+        corrected = output.clone() if corrected is None else corrected
+        corrected[here, call.query_rows] = part.transpose(1, 2)
+    return output if corrected is None else corrected
+
+
+def _not_causal(inputs: LayerInputs, mask: Any) -> str | None:
+    """Why a query does not simply see the keys of its sample up to its own; None where it does."""
+    if isinstance(mask, LazyMask) and not mask.is_plain_causal:
+        return "the model's own mask is not plain causal"
+    if inputs.view.start is None and inputs.run.tokens.has_holes:
+        return "padding stands between real tokens"
+    return None

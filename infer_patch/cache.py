@@ -74,7 +74,7 @@ class IndexedLayer(CacheLayerMixin):
         self.start: tuple[int, ...] | None = None
         self.state: dict[Any, Any] = {}  # what a method remembers about these keys; dropped when rows move
         self.notes: dict[Any, Any] = {}  # what it remembers about the text; kept until the layer is emptied
-        self.marks: dict[Any, Tensor] = {}  # the same for each sample (the first axis); goes where the sample goes
+        self.memory: list[dict[Any, Any]] = []  # of each sample: goes with it where beams go, outlives a crop
         self.view = KeyView(0)
         self._tokens: Tokens | None = None
         self._reduction: Reduction | None = None
@@ -86,6 +86,13 @@ class IndexedLayer(CacheLayerMixin):
     def expect(self, tokens: Tokens, reduction: Reduction | None) -> None:
         """Say which tokens the next `update` brings (the engine does, before the layer runs)."""
         self._tokens, self._reduction = tokens, reduction
+
+    def memory_of(self, sample: int) -> dict[Any, Any]:
+        """What methods remember about one sample, for as long as its keys are here. Samples that were one (beams) may
+        share its values: put new ones in, never write into them. Rows taken back by `crop` are theirs to notice."""
+        while len(self.memory) <= sample:
+            self.memory.append({})
+        return self.memory[sample]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -257,13 +264,11 @@ class IndexedLayer(CacheLayerMixin):
         if self._positions is not None:
             self._positions = self._positions.index_select(0, index.to(self._positions.device))
         self._take_host(index.tolist())
-        self._take_marks(index)
         self.state = {}
 
-    def _take_marks(self, index: Tensor) -> None:
-        self.marks = {name: x.index_select(0, index.to(x.device)) for name, x in self.marks.items()}
-
     def _take_host(self, index: list[int]) -> None:
+        if self.memory:
+            self.memory = [dict(self.memory[i]) for i in index]
         if self.start is not None:
             self.start = tuple(self.start[i] for i in index)
 
@@ -276,7 +281,7 @@ class IndexedLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes of the rows held and of what methods keep beside them (not of the space allocated ahead)."""
-        return sum(t.numel() * t.element_size() for t in tensors_in([self.keys, self.values, self.state]))
+        return sum(t.numel() * t.element_size() for t in tensors_in([self.keys, self.values, self.state, self.memory]))
 
     @classmethod
     def can_adopt(cls, layer: Any) -> bool:

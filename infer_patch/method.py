@@ -156,9 +156,13 @@ class Runtime:
         """The key blocks each query block reads, or the reason (a short text) to run dense instead."""
         raise TypeError(f"{type(self).__name__} has no select port")
 
-    def calibrate(self, layer: int, call: AttentionCall, output: torch.Tensor) -> torch.Tensor:
-        """Correct the attention output [B, H, T, D]; return a tensor of the same shape."""
-        return output
+    def calibrate(self, layer: int, call: AttentionCall, output: torch.Tensor) -> torch.Tensor | str:
+        """Correct the attention output [b, H, T, D] of a call; or the reason (a short text) to leave it as it is.
+
+        Returns a tensor of the same shape, and puts into `call.counts` how many "rows" (of one head each) it changed,
+        beside other figures for the report. `output` must not be written into.
+        """
+        raise TypeError(f"{type(self).__name__} has no calibrate port")
 
     def cache_layer(self, layer: int) -> IndexedLayer:
         """A fresh cache layer for `layer`."""

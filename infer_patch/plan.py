@@ -149,4 +149,6 @@ def _conflict(first: Method, second: Method) -> str | None:
     for x, y in ((first, second), (second, first)):
         if "calibrate" in x.active_ports() and "select" in y.active_ports():
             return f"{x.name} redistributes whole attention rows, and {y.name} leaves most of each row unread"
+        if "calibrate" in x.active_ports() and "store" in y.active_ports():
+            return f"{x.name} reads keys and values as the model made them, and {y.name} keeps them in its own way"
     return None

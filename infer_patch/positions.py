@@ -14,7 +14,7 @@ from infer_patch.families import ModelParts
 from infer_patch.method import Runtime
 from infer_patch.run import Run
 
-_GONE = "tokens that gave up their positions"  # per sample, in layer 0 of the cache
+_GONE = "tokens that gave up their positions"  # of a sample; remembered by layer 0 of the cache
 
 
 def why_not_packed(parts: ModelParts) -> str | None:
@@ -31,22 +31,23 @@ def why_not_packed(parts: ModelParts) -> str | None:
 def packed_positions(run: Run, packers: Sequence[Runtime], given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the text model to change: position ids [B, T], minus the tokens dropped before each token."""
     tokens, held = run.tokens, run.held(0)
-    earlier = None if held is None else held.marks.get(_GONE)
+    memory = [] if held is None else [held.memory_of(sample) for sample in range(tokens.batch)]
+    earlier = [remembered.get(_GONE, 0) for remembered in memory]
     gone = None
     if tokens.image is not None:
         for runtime in packers:
             keep = runtime.reduce(0, tokens)
             if keep is not None:
                 gone = ~keep if gone is None else gone | ~keep
-    if earlier is None and gone is None:
+    if not any(earlier) and gone is None:
         return {}
     shift = torch.zeros(tokens.batch, tokens.length, dtype=torch.long, device=tokens.device)
-    if earlier is not None:
-        shift += earlier.to(tokens.device)[:, None]
+    if any(earlier):
+        shift += torch.tensor(earlier, device=tokens.device)[:, None]
     if gone is not None:
         shift += gone.cumsum(1) - gone.long()
-        if held is not None:
-            held.marks[_GONE] = gone.sum(1) + (0 if earlier is None else earlier.to(tokens.device))
+        for remembered, before, count in zip(memory, earlier, gone.sum(1).tolist()):
+            remembered[_GONE] = before + count
     positions = given.get("position_ids")
     if positions is None:
         positions = torch.arange(tokens.past, tokens.past + tokens.length, device=tokens.device)[None]

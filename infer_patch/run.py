@@ -23,8 +23,9 @@ class AttentionCall:
 
     q [b, H, T, D], k and v [b, H_kv, S, D]; the last T keys belong to the queries, and a query sees the keys up to
     its own. `samples` are their rows in the batch. `state` is kept with the keys: it is empty whenever keys were
-    reordered, dropped or are new; `notes` last as long as the cache, for all its samples. `positions` [b, S] are
-    logical indices.
+    reordered, dropped or are new; `notes` last as long as the cache, for all its samples; `memory` is a dict for each
+    sample, which follows it through beams (`IndexedLayer.memory_of`). `positions` [b, S] are logical indices. What a
+    method adds to `counts` is summed up for the report.
     """
 
     q: Tensor
@@ -37,6 +38,8 @@ class AttentionCall:
     evicted: int = 0
     state: dict[Any, Any] = field(default_factory=dict)
     notes: dict[Any, Any] = field(default_factory=dict)
+    memory: list[dict[Any, Any]] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
     query_rows: slice = field(default_factory=lambda: slice(None))
 
     @property
@@ -113,7 +116,7 @@ class LayerInputs:
             rows = slice(max(start - offset, 0), stop - offset)
             if rows.start >= rows.stop:
                 continue  # nothing but padding
-            here = _index(samples)
+            here = index_of(samples)
             yield AttentionCall(
                 q=self.q[here, :, rows],
                 k=self.k[here, :, start:stop],
@@ -125,6 +128,7 @@ class LayerInputs:
                 evicted=gone,
                 state={} if held is None else held.state.setdefault((start, *samples), {}),
                 notes={} if held is None else held.notes,
+                memory=[{} if held is None else held.memory_of(sample) for sample in samples],
                 query_rows=rows,
             )
 
@@ -134,7 +138,7 @@ class LayerInputs:
         return self.view.positions[here, start:stop]
 
 
-def _index(samples: list[int]) -> Any:
+def index_of(samples: list[int]) -> Any:
     """A slice (no copy) where the samples stand side by side."""
     first, last = samples[0], samples[-1]
     return slice(first, last + 1) if last - first + 1 == len(samples) else samples

@@ -26,7 +26,8 @@ class MethodStats:
     total: dict[int, Any] = field(default_factory=dict)  # layer -> visual tokens there were
     last: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> (keep, image) of the last call
     stored: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> rows held, tokens seen (last call)
-    calibrated: dict[int, int] = field(default_factory=dict)  # layer -> attention calls corrected
+    corrected: dict[int, dict[str, Any]] = field(default_factory=dict)  # layer -> attention rows changed, and more
+    left_alone: dict[str, int] = field(default_factory=dict)  # reason -> attention calls not corrected
 
 
 @dataclass
@@ -87,6 +88,15 @@ class Stats:
 
     def dense(self, name: str, reason: str) -> None:
         calls = self.methods[name].dense_calls
+        calls[reason] = calls.get(reason, 0) + 1
+
+    def calibrated(self, name: str, layer: int, counts: dict[str, Any]) -> None:
+        sums = self.methods[name].corrected.setdefault(layer, {})
+        for what, number in counts.items():
+            sums[what] = sums.get(what, 0) + number
+
+    def left_alone(self, name: str, reason: str) -> None:
+        calls = self.methods[name].left_alone
         calls[reason] = calls.get(reason, 0) + 1
 
     def reduced(self, name: str, layer: int, keep: Tensor, image: Tensor) -> None:
@@ -168,13 +178,14 @@ def _figures(stats: MethodStats) -> dict[str, Any]:
     if stats.stored:
         figures["rows_held"] = {i: rows for i, (rows, _) in sorted(stats.stored.items())}
         figures["tokens_seen"] = max(seen for _, seen in stats.stored.values())
-    if stats.calibrated:
-        figures["calls_calibrated"] = {i: stats.calibrated[i] for i in sorted(stats.calibrated)}
+    if stats.corrected or stats.left_alone:
+        corrected = {i: {k: int(n) for k, n in counts.items()} for i, counts in sorted(stats.corrected.items())}
+        figures["corrected"], figures["left_alone"] = corrected, dict(stats.left_alone)
     figures["fired"] = bool(
         sum(stats.sparse_calls.values())
         or any(figures.get("visual_tokens_kept", {}).get(i) != n for i, n in figures.get("visual_tokens", {}).items())
         or any(rows < seen for rows, seen in stats.stored.values())
-        or stats.calibrated
+        or any(counts.get("rows") for counts in figures.get("corrected", {}).values())
     )
     return figures
 
@@ -202,6 +213,9 @@ def describe(figures: dict[str, Any]) -> str:
         words.append(f"kept {kept} of {figures['visual_tokens'][first]} visual tokens from layer {first} on")
     if "rows_held" in figures:
         words.append(f"held at most {max(figures['rows_held'].values())} of {figures['tokens_seen']} cached tokens")
-    if "calls_calibrated" in figures:
-        words.append(f"corrected {sum(figures['calls_calibrated'].values())} attention calls")
+    if "corrected" in figures:
+        touched = [counts["rows"] for counts in figures["corrected"].values() if counts.get("rows")]
+        words.append(f"corrected {sum(touched):,} attention rows in {len(touched)} layers")
+        for reason, calls in figures["left_alone"].items():
+            words.append(f"{calls} attention calls were left as they are ({reason})")
     return "; ".join(words) if figures["fired"] else "; ".join(["NEVER FIRED", *words])
