@@ -6,7 +6,7 @@ from pathlib import Path
 from miniatures import MINIATURES, Miniature, text_inputs, vision_inputs
 
 from infer_patch import Method
-from infer_patch.patches import VTCCLS, Envelope, FastV, HiP, MoA, RandomPruning, SinkWindow, VerticalSlash
+from infer_patch.patches import VTCCLS, Envelope, FastV, HiP, MoA, Paint, RandomPruning, SinkWindow, VerticalSlash
 
 # spans of 128 tokens, 0.75 N - 64, 0.75 N and N, mixed over the query heads of the miniatures; and N throughout
 SPANS, DENSE_SPANS = (str(Path(__file__).parent / "data" / f"moa-plan{x}.json") for x in ("", "-dense"))
@@ -68,14 +68,22 @@ ROWS = [
     Row("vtc_cls-keep", (VTCCLS(tokens=3, ensemble_k=1, positions="keep"),), vision=True),
     Row("vtc_cls-all", (VTCCLS(tokens=999),), vision=True, neutral=True, fires=False),
     Row("vtc_cls+fastv", (VTCCLS(drop_ratio=0.25), FastV(layer=2)), vision=True),
+    Row("paint", (Paint(),), vision=True),
+    Row("paint-none", (Paint(alpha=0.0, beta=0.0),), vision=True, neutral=True, fires=False),
+    Row("vtc_cls+paint", (VTCCLS(drop_ratio=0.25), Paint(layers=(1, 3))), vision=True),
     Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),
     Row("fastv+sink_window", (FastV(layer=1), SinkWindow(window=64, evict=True)), vision=True),
 ]
 
 
+WITH_CLS = ("llava", "llava_next", "internvl")  # families whose vision encoder has a CLS token
+
+
 def serves(row: Row, mini: Miniature) -> bool:
     """Whether the methods of a row apply to a family (where not, `patch` refuses: see test_refusals)."""
     if row.vision and mini.kind != "vision":
+        return False
+    if any(m.name == "paint" for m in row.methods) and mini.name not in WITH_CLS:
         return False
     selects = any("select" in m.ports for m in row.methods)
     attends = selects or any("store" in m.ports for m in row.methods)

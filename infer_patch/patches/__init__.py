@@ -4,9 +4,10 @@ from infer_patch.patches.envelope import Envelope
 from infer_patch.patches.fastv import FastV
 from infer_patch.patches.hip import HiP
 from infer_patch.patches.moa import MoA
+from infer_patch.patches.paint import Paint
 from infer_patch.patches.random_pruning import RandomPruning
 from infer_patch.patches.sink_window import SinkWindow
 from infer_patch.patches.vertical_slash import VerticalSlash
 from infer_patch.patches.vtc_cls import VTCCLS
 
-__all__ = ["VTCCLS", "Envelope", "FastV", "HiP", "MoA", "RandomPruning", "SinkWindow", "VerticalSlash"]
+__all__ = ["VTCCLS", "Envelope", "FastV", "HiP", "MoA", "Paint", "RandomPruning", "SinkWindow", "VerticalSlash"]
