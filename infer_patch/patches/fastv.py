@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from infer_patch.method import Runtime, register
 from infer_patch.pruning import LayerPruning, keep_best
+from infer_patch.visual_scores import blank_scores, scores_of
 
 
 @register("fastv")
@@ -43,13 +43,6 @@ class FastV(LayerPruning):
         return _FastV(self, parts, layers)
 
 
-def last_row_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Head-mean attention of the last query row over all keys, fp32: q [b, H, T, D], k [b, H_kv, S, D] -> [b, S]."""
-    row = q[:, :, -1:].float().unflatten(1, (k.shape[1], -1))
-    scores = row @ k.float()[:, :, None].transpose(-1, -2) * scale
-    return scores.softmax(-1).mean((1, 2))[:, 0]
-
-
 class _FastV(Runtime):
     config: FastV
 
@@ -60,14 +53,10 @@ class _FastV(Runtime):
         self.observes = frozenset((judges[-1] if judges else config.layer - 1,))
 
     def observe(self, layer: int, call: Any) -> None:
-        tokens = call.tokens
-        if (scores := tokens.shared.get(self)) is None:
-            scores = tokens.shared[self] = torch.zeros(tokens.batch, tokens.length, device=call.q.device)
-        seen = last_row_attention(call.q, call.k, call.scale)
-        new = call.positions - tokens.past  # which token of this call each key is; earlier ones are not judged
-        for row, sample in enumerate(call.samples):
-            here = (new[row] >= 0) & (new[row] < tokens.length)
-            scores[sample, new[row][here]] = seen[row][here]
+        shared = call.tokens.shared
+        if self not in shared:
+            shared[self] = blank_scores(call.tokens)
+        scores_of(call, [1] * len(call.samples), shared[self])
 
     def reduce(self, layer: int, tokens: Any) -> Tensor | None:
         return keep_best(tokens.shared.pop(self), tokens, self.config.drop_ratio, self.config.pool)
