@@ -62,6 +62,7 @@ ROWS = [
     Row("hip-stages", (STAGES,), chunkable=False, draftable=False),
     Row("hip-all", (HiP(budget=4096, dense_layers=0, dense_below=0),), neutral=True, fires=False),
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
+    Row("fastv-text", (FastV(layer=1, query="text_mean"),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
     Row("vtc_cls", (VTCCLS(drop_ratio=0.5),), vision=True),
