@@ -104,6 +104,10 @@ class Recorder:
         """A forward call begins or ends: what the last one encoded is not for it."""
         self._thread.encoded = {}
 
+    def encoded(self, modality: str) -> Encoded | None:
+        """What the last call of the encoder left, outside of forward calls."""
+        return self._thread.encoded.get(modality)
+
     # While the encoder runs
 
     def see(self, block: int, q: Tensor, k: Tensor, mask: Any, scale: float) -> None:
