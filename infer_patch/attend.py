@@ -56,6 +56,8 @@ def attend(
     elif layer in engine.selectors:
         output = _sparse(engine.selectors[layer], inputs, mask, kwargs, engine.stats)
     if output is None:
+        if inputs.view.positions is not None:  # flash-attn would take gaps between positions for several texts
+            kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         output, weights = port.dense(module, q, k, v, _dense_mask(inputs, mask), **kwargs)
     for runtime in engine.calibrators.get(layer, ()):
         if kwargs.get("dropout"):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from miniatures import IMAGE, MINIATURES, vision_inputs
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import infer_patch
 from infer_patch.errors import PlanError
@@ -169,6 +171,24 @@ def test_survivors_keep_their_positions():
             hook.remove()
         ((keep, _),) = handle._engine.stats.methods["fastv"].last.values()
     assert torch.equal(seen[1][0], seen[0][0][keep[0]])
+
+
+def test_positions_with_gaps_are_not_handed_to_attention(monkeypatch):
+    """flash-attn of transformers takes them for several texts in one row."""
+    given = []
+
+    def attention(module, *args, **kwargs):
+        given.append(kwargs.get("position_ids"))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "watched", attention)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "watched", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    mini = MINIATURES["llava"]
+    model = mini.build()
+    model.model.language_model.set_attn_implementation("watched")
+    with infer_patch.patch(model, FastV(layer=2)), torch.no_grad():
+        model(**vision_inputs(mini, images=(1,)))
+    assert [positions is None for positions in given] == [False, False, True, True]
 
 
 def test_counts_round_half_to_even():
