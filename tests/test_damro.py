@@ -11,7 +11,9 @@ import infer_patch
 from infer_patch import damro
 from infer_patch.damro import Damro, contrast
 from infer_patch.errors import PatchError, UnsupportedCallError, UnsupportedModelError
+from infer_patch.families import describe
 from infer_patch.patches import VTCCLS, FastV
+from infer_patch.vision_tower import find_vision_tower
 
 BEAMS = {**GREEDY, "num_beams": 3}
 
@@ -35,7 +37,7 @@ def test_contrast_is_the_formula():
 @torch.no_grad()
 def outliers(model, pixels, k, heads):
     """The best patches of every picture or tile, best first, from what q_proj and k_proj put out."""
-    attention, seen = model.model.vision_tower.encoder.layers[1].self_attn, {}
+    attention, seen = find_vision_tower(describe(model)).attentions[1], {}
     hooks = [
         projection.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out}))
         for name, projection in (("q", attention.q_proj), ("k", attention.k_proj))

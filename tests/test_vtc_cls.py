@@ -1,5 +1,7 @@
 """VTC-CLS: what is kept against a plain recomputation, and that the decoder runs as on the shorter sequence."""
 
+import warnings
+
 import pytest
 import torch
 from miniatures import IMAGE, MINIATURES, PAD, vision_inputs
@@ -7,8 +9,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vision_references import token_scores
 
 import infer_patch
+from infer_patch import Plan
 from infer_patch.errors import PlanError, UnsupportedModelError
-from infer_patch.patches import VTCCLS
+from infer_patch.evals.evaluate import at_random
+from infer_patch.patches import VTCCLS, RandomPruning
 from infer_patch.patches.vtc_cls import best_patches, newlines_of_kept_rows, tile_budgets
 from infer_patch.vision_layout import NEWLINE, SPECIAL
 
@@ -253,6 +257,23 @@ def test_newline_tokens_of_llava_next(newlines):
         rows = [kept[4:8], kept[9:13]]
         assert sum(kept[:4]) == 1 and sum(map(sum, rows)) == 2
         assert [kept[8], kept[13]] == [newlines == "always" or any(row) for row in rows]
+
+
+@pytest.mark.parametrize("options", [{"tokens": 3}, {"tokens": 99}, {"drop_ratio": 0.7}])
+def test_the_random_control_keeps_as_many(options):
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2, 0))
+    counts = []
+    for plan in (Plan((VTCCLS(**options),)), at_random(Plan((VTCCLS(**options),)))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # 99 tokens are all
+            with infer_patch.patch(model, plan) as handle, torch.no_grad():
+                model(**inputs)
+                ((name, figures),) = handle.report().methods.items()
+        counts.append(figures["kept_per_image"])
+    assert name == "random" and counts[0] == counts[1]
+    with pytest.raises(PlanError, match="random: tokens must be 1 or more"):
+        RandomPruning(tokens=0)
 
 
 def test_positions_are_packed_only_where_they_can_be():
