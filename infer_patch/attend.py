@@ -59,6 +59,8 @@ def attend(
     if output is None and layer in engine.selectors:
         output = _sparse(engine.selectors[layer], inputs, mask, kwargs, engine.stats)
     if output is None:
+        if inputs.view.positions is not None:  # flash-attn would take gaps between positions for several texts
+            kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         output, weights = port.dense(module, q, inputs.k, inputs.v, _dense_mask(inputs, mask), **kwargs)
     if held is not None:
         held.attended(inputs)

@@ -27,9 +27,12 @@ from infer_patch.families import ModelParts
 from infer_patch.installation import Installation, LayerHook
 from infer_patch.method import Method, Runtime
 from infer_patch.plan import Plan
+from infer_patch.positions import packed_positions
 from infer_patch.run import Run, ThreadState, padding_mask
 from infer_patch.stats import Stats
 from infer_patch.tokens import Reduction, Tokens, image_numbers
+from infer_patch.vision_scores import Recorder
+from infer_patch.vision_tower import find_vision_tower
 
 _PER_TOKEN_ARGUMENTS = (
     "hidden_states",
@@ -59,7 +62,11 @@ class Engine:
             for asked, layers in ((self.observers, runtime.observes), (self.watchers, runtime.watches)):
                 for layer in layers:
                     asked.setdefault(layer, []).append(runtime)
-        self._reads_images = bool(self.reducers) or any(runtime.reads_images for _, _, runtime in self.methods)
+        runtimes = [runtime for _, _, runtime in self.methods]
+        self.packers = [runtime for runtime in runtimes if runtime.packs]
+        looking = [runtime for runtime in runtimes if type(runtime).encode is not Runtime.encode]
+        self.recorder = Recorder(find_vision_tower(parts), looking, parts.root.config) if looking else None
+        self._reads_images = bool(self.reducers) or bool(looking) or any(runtime.reads_images for runtime in runtimes)
         self.first_reduced = min(self.reducers, default=parts.num_layers)
         self._thread = ThreadState()
         self._installation = Installation(parts)
@@ -83,6 +90,8 @@ class Engine:
         try:
             installation.swap_configs(lazy_masks=bool(self.methods))
             installation.add_ports(self._port)
+            if self.recorder is not None:
+                self.recorder.install(installation)
             for module in self.parts.path if self.methods else ():
                 installation.add_hooks(module, self._enter, self._leave, always=True)
             for number in range(self.parts.num_layers):
@@ -113,6 +122,8 @@ class Engine:
         if module is self.parts.root or not thread.open:
             forwards.open.add(id(self))
             thread.open, thread.inputs, thread.run = [], {}, None
+            if self.recorder is not None:
+                self.recorder.forget()
         thread.open.append(module)
         given = dict(zip(self._parameters[module], args)) | kwargs
         for name, value in given.items():
@@ -130,6 +141,8 @@ class Engine:
             # mask written out, and methods find the unwritten one in the run
             thread.run.mask = given["attention_mask"]
             changed["attention_mask"] = thread.run.mask.dense()
+        if thread.run is not None and self.packers:
+            changed.update(packed_positions(thread.run, self.packers, given))
         return (args, {**kwargs, **changed}) if changed else None
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -146,6 +159,8 @@ class Engine:
             if not thread.open:
                 forwards.open.discard(id(self))
                 thread.inputs, thread.run = {}, None
+                if self.recorder is not None:
+                    self.recorder.forget()
         return output
 
     def _open_run(self, given: dict[str, Any], inputs: dict[str, Any]) -> tuple[Run | None, Cache | None]:
@@ -166,13 +181,16 @@ class Engine:
         self._check_cache(cache)
         batch, length = source.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
+        image = self._images(inputs, batch, length) if self._reads_images and length > 1 else None
+        looked = self.recorder is not None and image is not None
         tokens = Tokens(
             batch=batch,
             length=length,
             past=past,
             mask=padding_mask(inputs.get("attention_mask"), past + length, source.device),
-            image=self._images(inputs, batch, length) if self._reads_images and length > 1 else None,
+            image=image,
             device=source.device,
+            scores=cast(Recorder, self.recorder).scores(inputs["input_ids"], inputs) if looked else None,
         )
         use_cache = given.get("use_cache")
         if cache is None and (self.parts.text_model.config.use_cache if use_cache is None else use_cache):

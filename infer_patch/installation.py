@@ -25,6 +25,7 @@ class Installation:
         self.parts = parts
         self._hooks: list[RemovableHandle] = []
         self._configs: list[tuple[nn.Module, Any]] = []  # modules and the configurations they had
+        self._added: list[tuple[nn.Module, str]] = []  # attributes that were not there before
 
     def swap_configs(self, lazy_masks: bool) -> None:
         """Give the modules that read the text configuration a copy that names our attention function."""
@@ -58,7 +59,26 @@ class Installation:
                 raise UnsupportedModelError(
                     f"{self.parts.model_type}: attention of layer {layer} does not read the text model's configuration."
                 )
-            setattr(module, PORT, make(layer, base_attention(module, name.base)))
+            self._add(module, PORT, make(layer, base_attention(module, name.base)))
+
+    def add_tower_port(self, module: nn.Module, make: Callable[[DenseAttention], Any]) -> None:
+        """Give a vision attention a port, and a configuration of its own that names our attention function."""
+        config = vars(module)["config"]
+        name = ImplementationName(config._attn_implementation or "eager", lazy=False)
+        dense = base_attention(module, name.base)
+        twin = copy.copy(config)
+        twin._attn_implementation_internal = name
+        self._configs.append((module, config))
+        module.config = twin
+        self._add(module, PORT, make(dense))
+
+    def add_method(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        """Let `method` answer for a method of this one instance."""
+        self._add(module, name, method)
+
+    def _add(self, module: nn.Module, name: str, value: Any) -> None:
+        setattr(module, name, value)
+        self._added.append((module, name))
 
     def add_hooks(self, module: nn.Module, before: Any, after: Any, always: bool = False) -> None:
         """A forward pre-hook, and a forward hook that comes before all others (`always`: after exceptions too)."""
@@ -69,8 +89,9 @@ class Installation:
         """Take everything off again. Calling it twice does nothing."""
         while self._hooks:
             self._hooks.pop().remove()
-        for module in self.parts.attentions:
-            vars(module).pop(PORT, None)
+        while self._added:
+            module, name = self._added.pop()
+            vars(module).pop(name, None)
         while self._configs:
             module, config = self._configs.pop()
             module.config = config

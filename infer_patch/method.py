@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from infer_patch.kernels.subset_attention import TokenSubset
     from infer_patch.run import AttentionCall
     from infer_patch.tokens import Tokens
+    from infer_patch.vision_tower import TowerCall
 
 PORTS = ("reduce", "select", "calibrate", "store")
 
@@ -126,6 +127,7 @@ class Runtime:
     observes: frozenset[int] = frozenset()
     watches: frozenset[int] = frozenset()
     reads_images = False  # does it need `tokens.image`? Methods with a reduce port get it anyway
+    packs = False  # do tokens that it drops at layer 0 give up their positions to those behind them?
 
     def __init__(self, config: Method, parts: ModelParts, layers: tuple[int, ...]):
         self.config = config
@@ -134,6 +136,17 @@ class Runtime:
 
     def observe(self, layer: int, call: AttentionCall) -> None:
         """See queries and keys of a layer in `observes`, before its attention runs."""
+
+    def encoder_blocks(self, feature_block: int) -> Collection[int]:
+        """Blocks of the vision encoder to see with `encode`; features come from the output of `feature_block`."""
+        return ()
+
+    def encode(self, block: int, call: TowerCall) -> dict[str, torch.Tensor]:
+        """Values per token of a vision block's input, float32 [b, n] by name; those of one name add up over blocks.
+
+        They come back as `tokens.scores.values[self, name]`, one for every visual token of a call.
+        """
+        raise TypeError(f"{type(self).__name__} does not look into the vision encoder")
 
     def watch(self, layer: int, hidden: torch.Tensor, tokens: Tokens) -> None:
         """See the hidden states [B, T, C] that enter a layer in `watches`, before `reduce` is asked.

@@ -269,6 +269,7 @@ class RingLayer(IndexedLayer):
         for ring in self.rings:
             ring.take(chosen)
         self.keys, self.values = (x.new_empty(len(chosen), *x.shape[1:]) for x in (self.keys, self.values))
+        self._take_host(chosen)
         self.state = {}
 
     # What reports need

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from infer_patch.vision_scores import EncoderScores
 
 INVALID = 2**30  # position of a padding slot: later than every query, so never visible
 
@@ -29,6 +32,8 @@ class Tokens:
         brings no visual tokens.
     shared : dict
         Scratch space that lives as long as the call: masks, lists and scores that several layers use.
+    scores : EncoderScores, optional
+        What methods read off the vision encoder, where one looks into it and the call brings visual tokens.
     """
 
     batch: int
@@ -38,6 +43,7 @@ class Tokens:
     image: Tensor | None
     device: torch.device
     shared: dict[Any, Any] = field(default_factory=dict)
+    scores: EncoderScores | None = None
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]] | None:

@@ -9,6 +9,7 @@ from infer_patch import Method
 from infer_patch.patches import (
     ACT,
     VAR,
+    VTCCLS,
     DyVTE,
     Envelope,
     FastV,
@@ -16,6 +17,7 @@ from infer_patch.patches import (
     HiP,
     KVQuant,
     MoA,
+    Paint,
     PSigmoid,
     RandomPruning,
     SinkWindow,
@@ -97,6 +99,7 @@ ROWS = [
     Row("zipvl-select", (ZipVL(bits=16, other_bits=16, **ZIP),), chunkable=False, draftable=False),
     Row("zipvl-all", (ZipVL(tau=1.0, bits=16, other_bits=16, dense_below=0),), neutral=True, fires=False),
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
+    Row("fastv-text", (FastV(layer=1, query="text_mean"),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
     Row("g_search", (GSearch(keep_rate=(1, 1, 0.6, 0.2)),), vision=True),
@@ -113,6 +116,13 @@ ROWS = [
     Row("var-none", (VAR(dims=(3, 17)),), vision=True, neutral=True, fires=False),  # phi is at most 8 in miniatures
     Row("fastv+act", (FastV(layer=1), ACT(heads=HEADS, **KEEN)), vision=True),
     Row("fastv+var", (FastV(layer=1, drop_ratio=0.25), SINKS), vision=True),
+    Row("vtc_cls", (VTCCLS(drop_ratio=0.5),), vision=True),
+    Row("vtc_cls-keep", (VTCCLS(tokens=3, ensemble_k=1, positions="keep"),), vision=True),
+    Row("vtc_cls-all", (VTCCLS(tokens=999),), vision=True, neutral=True, fires=False),
+    Row("vtc_cls+fastv", (VTCCLS(drop_ratio=0.25), FastV(layer=2)), vision=True),
+    Row("paint", (Paint(),), vision=True),
+    Row("paint-none", (Paint(alpha=0.0, beta=0.0),), vision=True, neutral=True, fires=False),
+    Row("vtc_cls+paint", (VTCCLS(drop_ratio=0.25), Paint(layers=(1, 3))), vision=True),
     Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),
     Row("fastv+kv_quant", (FastV(layer=1), KVQuant(recent=16, window=16)), vision=True),
     Row("fastv+zipvl", (FastV(layer=1), ZipVL(**ZIP)), vision=True),
@@ -120,9 +130,14 @@ ROWS = [
 ]
 
 
+WITH_CLS = ("llava", "llava_next", "internvl")  # families whose vision encoder has a CLS token
+
+
 def serves(row: Row, mini: Miniature) -> bool:
     """Whether the methods of a row apply to a family (where not, `patch` refuses: see test_refusals)."""
     if row.vision and mini.kind != "vision":
+        return False
+    if any(m.name == "paint" for m in row.methods) and mini.name not in WITH_CLS:
         return False
     selects = any("select" in m.ports for m in row.methods)
     calibrates = any("calibrate" in m.ports for m in row.methods)

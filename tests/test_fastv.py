@@ -3,8 +3,11 @@
 import pytest
 import torch
 from miniatures import IMAGE, MINIATURES, vision_inputs
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import infer_patch
+from infer_patch.errors import PlanError
 from infer_patch.patches import FastV, RandomPruning
 from infer_patch.pruning import count_to_keep
 
@@ -129,6 +132,63 @@ def test_random_pruning_does_not_depend_on_the_batch_and_follows_its_seed():
     assert torch.equal(keep[1][image[1] >= 0], alone[0][alone_image[0] >= 0])
     other, _ = kept_tokens(model, batch, RandomPruning(layer=1, seed=7))
     assert not torch.equal(keep, other)
+
+
+@pytest.mark.parametrize("query", ["last", "text_mean", "all"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_who_judges(family, query):
+    mini = MINIATURES[family]
+    inputs = vision_inputs(mini, images=(1, 2, 0), text=[(5, 9), (3, 12), (7, 4)], seed=2)
+    with torch.no_grad():
+        attention = mini.build(attn_implementation="eager")(**inputs, output_attentions=True).attentions[1].mean(1)
+    keep, image = kept_tokens(mini.build(), inputs, FastV(layer=2, query=query))
+    for sample in (0, 1):
+        visual = (image[sample] >= 0).nonzero()[:, 0]
+        first = {"last": -1, "text_mean": int(visual[-1]) + 1, "all": int(inputs["attention_mask"][sample].argmax())}
+        scores = attention[sample, first[query] :].mean(0)
+        for picture in range(sample + 1):
+            here = (image[sample] == picture).nonzero()[:, 0]
+            best = here[scores[here].topk(len(here) // 2).indices]
+            assert keep[sample, here].nonzero()[:, 0].tolist() == sorted((best - here[0]).tolist())
+    with pytest.raises(PlanError, match="fastv: query must be one of last, text_mean, all"):
+        FastV(query="first")
+
+
+def test_survivors_keep_their_positions():
+    mini = MINIATURES["llava"]
+    model, inputs, seen = mini.build(), vision_inputs(mini, images=(1,), seed=2), {}
+    text = model.model.language_model
+    with infer_patch.patch(model, FastV(layer=2)) as handle, torch.no_grad():
+        inner = [text.layers[i].self_attn for i in (1, 2)]
+        hooks = [
+            attention.register_forward_pre_hook(
+                lambda m, a, kw, i=i: seen.update({i: kw["position_embeddings"][0]}), with_kwargs=True
+            )
+            for i, attention in enumerate(inner)
+        ]
+        model(**inputs)
+        for hook in hooks:
+            hook.remove()
+        ((keep, _),) = handle._engine.stats.methods["fastv"].last.values()
+    assert torch.equal(seen[1][0], seen[0][0][keep[0]])
+
+
+def test_positions_with_gaps_are_not_handed_to_attention(monkeypatch):
+    """flash-attn of transformers takes them for several texts in one row."""
+    given = []
+
+    def attention(module, *args, **kwargs):
+        given.append(kwargs.get("position_ids"))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "watched", attention)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "watched", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    mini = MINIATURES["llava"]
+    model = mini.build()
+    model.model.language_model.set_attn_implementation("watched")
+    with infer_patch.patch(model, FastV(layer=2)), torch.no_grad():
+        model(**vision_inputs(mini, images=(1,)))
+    assert [positions is None for positions in given] == [False, False, True, True]
 
 
 def test_counts_round_half_to_even():

@@ -180,7 +180,7 @@ def evaluate(
 
 def at_random(plan: Plan) -> Plan | None:
     """The plan with its pruning done at random, at the same budget; None where there is nothing to replace."""
-    from infer_patch.patches import RandomPruning
+    from infer_patch.patches import VTCCLS, RandomPruning
 
     methods: list[Method] = []
     for method in plan:
@@ -189,6 +189,8 @@ def at_random(plan: Plan) -> Plan | None:
             methods.append(RandomPruning(**shared))
         elif isinstance(method, ScheduledPruning):
             methods.append(dataclasses.replace(method, query=RANDOM))
+        elif isinstance(method, VTCCLS):
+            methods.append(RandomPruning(**method.at_random()))
         else:
             methods.append(method)
     return None if tuple(methods) == plan.methods else Plan(tuple(methods), f"{plan.name}-random")

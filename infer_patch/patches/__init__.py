@@ -9,15 +9,18 @@ from infer_patch.patches.hip import HiP
 from infer_patch.patches.kv_quant import KVQuant
 from infer_patch.patches.moa import MoA
 from infer_patch.patches.p_sigmoid import PSigmoid
+from infer_patch.patches.paint import Paint
 from infer_patch.patches.random_pruning import RandomPruning
 from infer_patch.patches.sink_window import SinkWindow
 from infer_patch.patches.var import VAR
 from infer_patch.patches.vertical_slash import VerticalSlash
+from infer_patch.patches.vtc_cls import VTCCLS
 from infer_patch.patches.zipvl import ZipVL
 
 __all__ = [
     "ACT",
     "VAR",
+    "VTCCLS",
     "DyVTE",
     "Envelope",
     "FastV",
@@ -26,6 +29,7 @@ __all__ = [
     "KVQuant",
     "MoA",
     "PSigmoid",
+    "Paint",
     "RandomPruning",
     "SinkWindow",
     "VerticalSlash",

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from infer_patch.method import Runtime, register
+from infer_patch.method import Runtime, option, register
 from infer_patch.pruning import LayerPruning, keep_best
-from infer_patch.visual_scores import blank_scores, scores_of
+from infer_patch.visual_scores import blank_scores, scores_of, text_after_pictures
 
 
 @register("fastv")
@@ -30,14 +30,25 @@ class FastV(LayerPruning):
     pool : {"per_image", "global"}
         Each picture keeps its own share (this project's default for several pictures), or all compete.
 
+    query : {"last", "text_mean", "all"}
+        Who judges: the last prompt token, as all published numbers; the mean over the text behind the pictures; or over
+        all tokens, as the paper's prose has it.
+
     References
     ----------
     Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764, ECCV 2024.
     """
 
+    query: str = option("last", "who judges: last (prompt token), text_mean (behind the pictures), all")
+
     paper = "arXiv 2403.06764"
     summary = "drop visual tokens that the last prompt token hardly reads"
     first_layer = 1  # layer K - 1 is the judge
+
+    def validate(self) -> None:
+        super().validate()
+        judges = ("last", "text_mean", "all")
+        self.require(self.query in judges, f"query must be one of {', '.join(judges)}, got {self.query!r}")
 
     def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
         return _FastV(self, parts, layers)
@@ -56,7 +67,12 @@ class _FastV(Runtime):
         shared = call.tokens.shared
         if self not in shared:
             shared[self] = blank_scores(call.tokens)
-        scores_of(call, [1] * len(call.samples), shared[self])
+        if self.config.query == "text_mean":
+            behind = text_after_pictures(call.tokens)
+            rows = [max(behind[sample], 1) for sample in call.samples]
+        else:
+            rows = [call.q.shape[2] if self.config.query == "all" else 1] * len(call.samples)
+        scores_of(call, rows, shared[self])
 
     def reduce(self, layer: int, tokens: Any) -> Tensor | None:
         return keep_best(tokens.shared.pop(self), tokens, self.config.drop_ratio, self.config.pool)

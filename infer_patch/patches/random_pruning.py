@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from infer_patch.method import Runtime, option, register
-from infer_patch.pruning import LayerPruning, keep_best, random_scores
+from infer_patch.pruning import LayerPruning, count_to_keep, keep_counts, random_scores
 
 
 @register("random")
@@ -27,13 +27,21 @@ class RandomPruning(LayerPruning):
         Share of the visual tokens to drop, in [0, 1).
     pool : {"per_image", "global"}
         Each picture loses its own share, or a sample's pictures one share together.
+    tokens : int, optional
+        Visual tokens to keep of every picture (or sample), in place of `drop_ratio`.
     seed : int
         Seed of the draw.
     """
 
+    tokens: int | None = option(None, "visual tokens to keep, in place of drop_ratio")
     seed: int = option(0, "seed of the draw")
 
     summary = "drop random visual tokens (the control at equal budget)"
+
+    def validate(self) -> None:
+        super().validate()
+        count = self.tokens
+        self.require(count is None or (isinstance(count, int) and count >= 1), f"tokens must be 1 or more, got {count}")
 
     def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
         return _RandomPruning(self, parts, layers)
@@ -44,4 +52,9 @@ class _RandomPruning(Runtime):
 
     def reduce(self, layer: int, tokens: Any) -> Tensor | None:
         scores = random_scores(tokens, self.config.seed)
-        return keep_best(scores, tokens, self.config.drop_ratio, self.config.pool)
+        return keep_counts(scores, tokens, self._count, self.config.pool)
+
+    def _count(self, there: Tensor) -> Tensor:
+        if self.config.tokens is None:
+            return count_to_keep(there, self.config.drop_ratio)
+        return there.clamp(max=self.config.tokens)

@@ -1,0 +1,167 @@
+"""DAMRO: the outlier patches, the second stream against one that recomputes everything, beams, batches, refusals."""
+
+import math
+
+import pytest
+import torch
+from miniatures import GREEDY, IMAGE, MINIATURES, vision_inputs
+from test_behaviour import snapshot
+
+import infer_patch
+from infer_patch import damro
+from infer_patch.damro import Damro, contrast
+from infer_patch.errors import PatchError, UnsupportedCallError, UnsupportedModelError
+from infer_patch.families import describe
+from infer_patch.patches import VTCCLS, FastV
+from infer_patch.vision_tower import find_vision_tower
+
+BEAMS = {**GREEDY, "num_beams": 3}
+
+
+def test_contrast_is_the_formula():
+    rng = torch.Generator().manual_seed(0)
+    positive, negative = (3 * torch.randn(4, 50, generator=rng) for _ in range(2))
+    found = contrast(positive, negative, 2.0, 0.1)
+    probabilities = positive.softmax(-1)
+    likely = probabilities >= 0.1 * probabilities.amax(-1, keepdim=True)
+    assert torch.equal(found > -math.inf, likely)
+    torch.testing.assert_close(found[likely], (3 * positive - 2 * negative)[likely])
+    assert (found.gather(1, positive.argmax(-1, keepdim=True)) > -math.inf).all()
+    assert torch.equal(contrast(positive, negative, 0.0, 0.0), positive)
+    alone = contrast(positive, negative, 5.0, 1.0)
+    assert torch.equal(alone.argmax(-1), positive.argmax(-1)) and ((alone > -math.inf).sum(-1) == 1).all()
+    logs = contrast(positive.log_softmax(-1), negative.log_softmax(-1), 2.0, 0.1)
+    torch.testing.assert_close(logs.softmax(-1), found.softmax(-1))
+
+
+@torch.no_grad()
+def outliers(model, pixels, k, heads):
+    """The best patches of every picture or tile, best first, from what q_proj and k_proj put out."""
+    attention, seen = find_vision_tower(describe(model)).attentions[1], {}
+    hooks = [
+        projection.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out}))
+        for name, projection in (("q", attention.q_proj), ("k", attention.k_proj))
+    ]
+    model.model.vision_tower(pixels)
+    for hook in hooks:
+        hook.remove()
+    if heads == "joint":
+        row = (seen["q"][:, :1] @ seen["k"].mT * seen["q"].shape[-1] ** -0.5).softmax(-1)[:, 0]
+    else:
+        q, key = (seen[name].unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for name in "qk")
+        row = (q[:, :, :1] @ key.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)[:, 0]
+    return row[:, 1:].topk(k).indices
+
+
+class Naive(Damro):
+    """The second stream without its cache: prompt and answer anew in every step, sample by sample."""
+
+    def _second_stream(self, ids):
+        rows, prompt = [], self._prompt.shape[1]
+        for i, row in enumerate(ids):
+            negative = self._negative[i // (len(ids) // len(self._prompt))]
+            embeds = torch.cat([negative, self.model.get_input_embeddings()(row[prompt:])])[None]
+            rows.append(self.model(inputs_embeds=embeds, use_cache=False).logits[0, -1])
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("heads", ["joint", "mean_heads"])
+def test_the_second_prompt_holds_the_outlier_patches(heads):
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2, 0), text=[(5, 9), (3, 12), (7, 4)])
+    processor = Damro(model, inputs, k=3, cls_attention=heads)
+    features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    best = iter(zip(features, outliers(model, inputs["pixel_values"], 3, heads)))
+    for row, valid, embeds in zip(inputs["input_ids"], inputs["attention_mask"].bool(), processor._negative):
+        expected, row = [], row[valid]
+        for i, token in enumerate(row.tolist()):
+            if token != IMAGE:
+                expected.append(model.get_input_embeddings()(row[i])[None])
+            elif row[i - 1] != IMAGE:
+                picture, chosen = next(best)
+                expected.append(picture[chosen])
+        torch.testing.assert_close(embeds, torch.cat(expected))
+
+
+def test_tiles_give_their_whole_view_and_a_newline():
+    mini = MINIATURES["llava_next"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1,), text=[(2, 2)])
+    embeds = Damro(model, inputs, k=3)._negative[0]
+    with torch.no_grad():
+        (features,) = model.model.get_image_features(
+            inputs["pixel_values"], inputs["image_sizes"], return_dict=True
+        ).pooler_output
+    best = outliers(model, inputs["pixel_values"][0], 3, "joint")[0]
+    torch.testing.assert_close(embeds[2:6], torch.cat([features[best], features[8:9]]))
+    assert torch.equal(features[8], features[13]) and len(embeds) == 8
+
+
+@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
+def test_the_cached_stream_is_the_recomputed_one_and_batches_are_their_samples(family, options):
+    mini, text = MINIATURES[family], [(5, 9), (3, 12), (7, 4)]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2, 0), text=text, seed=1)
+    plain = model.generate(**inputs, **options)  # first: transformers puts hooks of its own on in its first call
+    before = snapshot(model)
+    found = model.generate(**inputs, **options, logits_processor=[Damro(model, inputs)])
+    assert not torch.equal(found, plain)
+    assert torch.equal(found, model.generate(**inputs, **options, logits_processor=[Naive(model, inputs)]))
+    width = inputs["input_ids"].shape[1]
+    for i in range(3):
+        alone = vision_inputs(mini, images=(1, 2, 0), text=text, seed=1, only=i)
+        if i < 2:
+            tokens = model.generate(**alone, **options, logits_processor=[Damro(model, alone)])
+            assert torch.equal(found[i, width:], tokens[0, alone["input_ids"].shape[1] :])
+    assert snapshot(model) == before
+    assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_one_question_about_two_pictures():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 1), seed=1)
+    inputs["input_ids"][1] = inputs["input_ids"][0]
+    found = model.generate(**inputs, **BEAMS, logits_processor=[Damro(model, inputs)])
+    for i in range(2):
+        alone = {name: x[i : i + 1] for name, x in inputs.items()}
+        assert torch.equal(found[i], model.generate(**alone, **BEAMS, logits_processor=[Damro(model, alone)])[0])
+
+
+def test_the_same_stream_twice_changes_nothing(monkeypatch):
+    monkeypatch.setattr(damro, "outlier_tokens", lambda scores, k: torch.arange(len(scores.tile)))
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2))
+    processor = Damro(model, inputs, alpha=3.0)
+    again = model.generate(**inputs, **GREEDY, logits_processor=[processor])
+    assert torch.equal(again, model.generate(**inputs, **GREEDY))
+    assert torch.equal(model.generate(**inputs, **GREEDY, logits_processor=[processor]), again)  # from the start again
+
+
+def test_on_a_patched_model_the_second_stream_is_left_alone():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2))
+    processor, naive = Damro(model, inputs), Naive(model, inputs)
+    with infer_patch.patch(model, FastV(layer=1)):
+        found = model.generate(**inputs, **GREEDY, logits_processor=[processor])
+        assert torch.equal(found, model.generate(**inputs, **GREEDY, logits_processor=[naive]))
+
+
+def test_what_cannot_be_served_is_refused():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1,))
+    for options in ({"alpha": -1}, {"k": 0}, {"beta": 2}, {"cls_attention": "sum"}):
+        with pytest.raises(PatchError, match=f"damro: {next(iter(options))} must be"):
+            Damro(model, inputs, **options)
+    qwen = MINIATURES["qwen2_vl"]
+    with pytest.raises(UnsupportedModelError, match="that of qwen2_vl has none"):
+        Damro(qwen.build(), vision_inputs(qwen, images=(1,)))
+    with pytest.raises(UnsupportedModelError, match="llama has no visual tokens"):
+        Damro(MINIATURES["llama"].build(), inputs)
+    with pytest.raises(UnsupportedCallError, match="hold no `pixel_values`"):
+        Damro(model, {"input_ids": inputs["input_ids"]})
+    with pytest.raises(UnsupportedCallError, match="`input_ids` among them"):
+        Damro(model, {"pixel_values": inputs["pixel_values"]})
+    other = vision_inputs(mini, images=(1,), seed=5)
+    with pytest.raises(UnsupportedCallError, match="not the prompt"):
+        model.generate(**other, **GREEDY, logits_processor=[Damro(model, inputs)])
+    with infer_patch.patch(model, VTCCLS()), pytest.raises(PatchError, match="make the processor before it"):
+        Damro(model, inputs)
