@@ -39,7 +39,8 @@ def attend(
     if isinstance(mask, Tensor) and mask.ndim == 4:
         raise UnsupportedCallError("a hand-made 4-D attention mask cannot be patched; pass the 2-D padding mask.")
     scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-    inputs = LayerInputs(run, layer, run.key_view(layer, k.shape[2]), q, k, v, scale)
+    ordered = not isinstance(mask, LazyMask) or mask.is_ordered
+    inputs = LayerInputs(run, layer, run.key_view(layer, k.shape[2]), q, k, v, scale, ordered)
     if run.tokens.image is not None:
         for runtime in engine.observers.get(layer, ()):
             for call in inputs.calls():
@@ -65,7 +66,7 @@ def attend(
 def _dense_mask(inputs: LayerInputs, mask: Any) -> Any:
     """What the model's own attention gets as its mask: over the rows that are here."""
     run, view = inputs.run, inputs.view
-    if view.positions is None:
+    if view.positions is None or (run.held(inputs.layer) is None and run.reduction is None):
         return mask.dense() if isinstance(mask, LazyMask) else mask
     if not isinstance(mask, LazyMask):
         raise UnsupportedCallError("this model makes no attention mask that rows could be taken from.")
@@ -121,6 +122,10 @@ def _count(name: str, layer: int, call: AttentionCall, choice: BlockMask | str, 
 
 
 def _calibrated(runtime: Runtime, inputs: LayerInputs, output: Tensor, stats: Stats) -> Tensor:
+    if inputs.view.start is None and inputs.run.tokens.has_holes:
+        raise UnsupportedCallError(
+            f"{runtime.config.name}: padding stands between real tokens of this batch; it must be on one side."
+        )
     corrected = output.transpose(1, 2).clone()
     for call in inputs.calls():
         part = corrected[call.samples, :, call.query_rows]

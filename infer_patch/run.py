@@ -24,7 +24,7 @@ class AttentionCall:
     q [b, H, T, D], k and v [b, H_kv, S, D]; the last T keys belong to the queries, and a query sees the keys up to
     its own. `samples` are their rows in the batch. `state` is kept with the keys: it is empty whenever keys were
     reordered, dropped or are new; `notes` last as long as the cache, for all its samples. `positions` [b, S] are
-    logical indices.
+    logical indices. `ordered` is False where the model's own mask is more than causal: some tokens look forward, say.
     """
 
     q: Tensor
@@ -38,6 +38,7 @@ class AttentionCall:
     state: dict[Any, Any] = field(default_factory=dict)
     notes: dict[Any, Any] = field(default_factory=dict)
     query_rows: slice = field(default_factory=lambda: slice(None))
+    ordered: bool = True
 
     @property
     def past(self) -> int:
@@ -74,8 +75,18 @@ class Run:
         if held is not None:
             return held.view
         if self.reduction is None:
-            return KeyView(rows)
+            return self._newest(rows)
         return KeyView(rows, self.reduction.start, self.reduction.positions(self.tokens.past))
+
+    def _newest(self, rows: int) -> KeyView:
+        """The view of a layer of transformers' own: with a window, it has let go of its oldest rows."""
+        tokens = self.tokens
+        gone = tokens.past + tokens.length - rows
+        if gone <= 0:
+            return KeyView(rows)
+        bounds = tokens.bounds or [(0, 0)] * tokens.batch
+        newest = torch.arange(gone, gone + rows, device=tokens.device).expand(tokens.batch, -1)
+        return KeyView(rows, tuple(min(max(first - gone, 0), rows) for first, _ in bounds), newest)
 
     def once(self, value: Tensor, make: Any) -> Tensor:
         """make(value), computed once per reduction: layers share masks, positions and rotary tables."""
@@ -96,6 +107,7 @@ class LayerInputs:
     k: Tensor
     v: Tensor
     scale: float
+    ordered: bool = True
 
     def calls(self) -> Iterator[AttentionCall]:
         """Samples that are padded alike, with their padding cut off."""
@@ -126,6 +138,7 @@ class LayerInputs:
                 state={} if held is None else held.state.setdefault((start, *samples), {}),
                 notes={} if held is None else held.notes,
                 query_rows=rows,
+                ordered=self.ordered,
             )
 
     def _positions(self, here: Any, start: int, stop: int, samples: int) -> Tensor:

@@ -6,10 +6,13 @@ from pathlib import Path
 from miniatures import MINIATURES, Miniature, text_inputs, vision_inputs
 
 from infer_patch import Method
-from infer_patch.patches import Envelope, FastV, HiP, MoA, RandomPruning, SinkWindow, VerticalSlash
+from infer_patch.patches import Envelope, FastV, HiP, MoA, RandomPruning, RetrievalHeads, SinkWindow, VerticalSlash
 
 # spans of 128 tokens, 0.75 N - 64, 0.75 N and N, mixed over the query heads of the miniatures; and N throughout
 SPANS, DENSE_SPANS = (str(Path(__file__).parent / "data" / f"moa-plan{x}.json") for x in ("", "-dense"))
+
+HEADS = ("1-0", "1-3", "2-1", "3-2")
+SCORES = str(Path(__file__).parent / "data" / "head-scores.json")
 
 # searches that find little of what the window leaves: two or three blocks
 SMALL = dict(sinks=0, dense_layers=0, dense_below=0, max_share=1.0)
@@ -63,9 +66,15 @@ ROWS = [
     Row("hip-all", (HiP(budget=4096, dense_layers=0, dense_below=0),), neutral=True, fires=False),
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
+    # the prompt's last token is masked, so what is the prompt and what was generated matters
+    Row("retrieval_heads", (RetrievalHeads(heads=HEADS),), chunkable=False),
+    Row("retrieval_heads-zero", (RetrievalHeads(heads=HEADS, mode="zero"),), chunkable=False),
+    Row("retrieval_heads-all", (RetrievalHeads(heads=HEADS, phase="all"),)),
+    Row("retrieval_heads-none", (RetrievalHeads(scores_file=SCORES, top=0),), neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
     Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),
     Row("fastv+sink_window", (FastV(layer=1), SinkWindow(window=64, evict=True)), vision=True),
+    Row("fastv+retrieval_heads", (FastV(layer=2), RetrievalHeads(heads=HEADS)), vision=True),
 ]
 
 
@@ -75,6 +84,8 @@ def serves(row: Row, mini: Miniature) -> bool:
         return False
     selects = any("select" in m.ports for m in row.methods)
     attends = selects or any("store" in m.ports for m in row.methods)
+    if mini.bidirectional != "none" and any(getattr(m, "phase", None) == "all" for m in row.methods):
+        return False
     # where pictures or prompts see both ways, selection runs dense and says so: test_refusals
     return not ((attends and (mini.softcap or mini.sliding == "all")) or (selects and mini.bidirectional != "none"))
 
