@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from infer_patch.cli.bench import bench
 from infer_patch.cli.calibrate import calibrations
 from infer_patch.cli.calibrate import moa as _moa  # noqa: F401  (adds its command to `calibrate`)
+from infer_patch.cli.calibrate import retrieval_heads as _retrieval_heads  # noqa: F401  (as above)
 from infer_patch.cli.chat import chat
 from infer_patch.cli.compare import compare
 from infer_patch.cli.demo import demo
