@@ -45,4 +45,4 @@ def save(matrix: Sequence[Sequence[float]], path: str | Path, title: str, label:
         panel.set_title(title, fontsize=10)
         figure.colorbar(shown, ax=panel, label=label)
         metadata = {"Date": None} if Path(path).suffix.lower() == ".svg" else {}
-        figure.savefig(path, dpi=150, metadata=metadata)  # type: ignore[arg-type]
+        figure.savefig(path, dpi=150, metadata=metadata)
