@@ -6,8 +6,10 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 from test_evaluate import NARROW, WIDE
 from test_kept_tokens import run as look_at_pictures
+from typer.testing import CliRunner
 
 from infer_patch.evals.evaluate import evaluate
 from infer_patch.evals.needle import NeedleGrid
@@ -78,6 +80,28 @@ def test_kept_tokens_in_a_browser(tmp_path, width):
     assert found["images"] == found["seen"] == 9  # three examples: the picture, and under two plans
     assert found["svgs"] == found["drawn"] == found["labelled"] >= 3  # shares per layer
     assert found["requests"] == 0 and found["unreachable"] == 0
+
+
+@pytest.fixture(scope="module")
+def sinks_page(tmp_path_factory):
+    from infer_patch.cli import app
+
+    out = tmp_path_factory.mktemp("sinks") / "sinks.html"
+    picture = out.with_name("picture.png")
+    Image.radial_gradient("L").convert("RGB").save(picture)
+    asked = ["demo-vlm", "--image", str(picture), "--prompt", "What is there in this picture? Name it."]
+    ran = CliRunner().invoke(app, ["report", "sinks", *asked, "--threshold", "0.02", "--out", str(out)])
+    assert ran.exit_code == 0, ran.output
+    return out
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_sinks_in_a_browser(sinks_page, tmp_path, width):
+    found, console = probe(sinks_page, tmp_path, width)
+    assert not console and found["fits"], (console, found)
+    assert found["images"] == found["seen"] == 2  # the overlay, and the map of heads
+    assert found["rows"] >= 5 and found["requests"] == 0 and found["unreachable"] == 0
 
 
 def test_the_page_names_nothing_outside_itself(page):

@@ -19,7 +19,7 @@ from infer_patch.cli.demo import demo
 from infer_patch.cli.doctor import doctor
 from infer_patch.cli.eval import evaluations
 from infer_patch.cli.list import show
-from infer_patch.cli.report import report
+from infer_patch.cli.report import reports
 from infer_patch.errors import MissingDependencyError, PatchError
 
 
@@ -65,10 +65,10 @@ app.command("compare")(compare)
 app.command("chat")(chat)
 app.command("list")(show)
 app.command("doctor")(doctor)
-app.command("report")(report)
 app.add_typer(evaluations, name="eval")
 app.add_typer(bench, name="bench")
 app.add_typer(calibrations, name="calibrate")
+app.add_typer(reports, name="report")
 
 
 def main() -> None:

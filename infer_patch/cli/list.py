@@ -100,8 +100,16 @@ def _own_fields_first(cls: type[Method]) -> list[dataclasses.Field[Any]]:
 
 
 def _print_all(console: Console, known: dict[str, type[Method]], names: list[str]) -> None:
-    name = Column("name", no_wrap=True)
-    table = Table(name, "port", "what it does", "models", "needs", "paper", title="Methods", title_justify="left")
+    table = Table(
+        Column("name", no_wrap=True),
+        "port",
+        "what it does",
+        "models",
+        "needs",
+        "paper",
+        title="Methods",
+        title_justify="left",
+    )
     for cls in known.values():
         row = (cls.name, ", ".join(cls.ports), cls.summary, cls.modality, cls.artifact or "-", cls.paper or "-")
         table.add_row(*map(escape, row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from infer_patch.availability import require
 from infer_patch.errors import PatchError
@@ -18,16 +19,21 @@ def check(path: str | Path) -> None:
     require("matplotlib", "Drawing heads")
 
 
-def save(matrix: Sequence[Sequence[float]], path: str | Path, title: str, label: str) -> None:
-    """Write the picture; the suffix of `path` decides on PNG, SVG or PDF.
+def save(
+    matrix: Sequence[Sequence[float]], to: str | Path | BinaryIO, title: str, label: str, suffix: str | None = None
+) -> None:
+    """Write the picture.
 
     Parameters
     ----------
     matrix : numbers [L, H]
+    to : path or binary file
+        A path's suffix decides on PNG, SVG or PDF; with a file, `suffix` does.
     label : str
         What the numbers are.
     """
-    check(path)
+    suffix = suffix or Path(str(to)).suffix.lower()
+    check(f"heads{suffix}")
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -44,5 +50,5 @@ def save(matrix: Sequence[Sequence[float]], path: str | Path, title: str, label:
             axis.set_major_locator(MaxNLocator(integer=True))
         panel.set_title(title, fontsize=10)
         figure.colorbar(shown, ax=panel, label=label)
-        metadata = {"Date": None} if Path(path).suffix.lower() == ".svg" else {}
-        figure.savefig(path, dpi=150, metadata=metadata)
+        metadata: dict[str, Any] = {"Date": None} if suffix == ".svg" else {}
+        figure.savefig(to, format=suffix.removeprefix("."), dpi=150, metadata=metadata)
