@@ -100,16 +100,8 @@ def _own_fields_first(cls: type[Method]) -> list[dataclasses.Field[Any]]:
 
 
 def _print_all(console: Console, known: dict[str, type[Method]], names: list[str]) -> None:
-    table = Table(
-        Column("name", no_wrap=True),
-        "port",
-        "what it does",
-        "models",
-        "needs",
-        "paper",
-        title="Methods",
-        title_justify="left",
-    )
+    columns = Column("name", no_wrap=True), "port", "what it does", "models", "needs", "paper"
+    table = Table(*columns, title="Methods", title_justify="left")
     for cls in known.values():
         row = (cls.name, ", ".join(cls.ports), cls.summary, cls.modality, cls.artifact or "-", cls.paper or "-")
         table.add_row(*map(escape, row))
