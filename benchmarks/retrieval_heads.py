@@ -27,29 +27,37 @@ def make_plans(folder: Path) -> None:
             Plan((method,), name=name).save(folder / f"{name}.yaml")
 
 
-def found(run: Path) -> dict[str, list[float]]:
-    """For each plan, in the order of the items: 1 for a needle that was found, 0 for one that was not."""
-    rows: dict[str, list[float]] = {}
-    for line in (run / "samples.jsonl").read_text("utf-8").splitlines():
-        row = json.loads(line)
-        rows.setdefault(row["plan"], []).append(float(row["score"]["correct"]))
-    return rows
+def found(run: Path) -> dict[str, dict[str, float]]:
+    """For each plan and item: 1 for a needle that was found, 0 for one that was not. Of a run that was stopped, the
+    items that all plans answered."""
+    if (run / "samples.jsonl").is_file():
+        samples = [json.loads(line) for line in (run / "samples.jsonl").read_text("utf-8").splitlines()]
+    else:
+        lines = (run / "rows-0.jsonl").read_text("utf-8").splitlines()
+        samples = [row for line in lines for row in json.loads(line)]
+    rows: dict[str, dict[str, float]] = {}
+    for row in samples:
+        if row["plan"] != "unpatched again":
+            rows.setdefault(row["plan"], {})[row["item"]] = float(row["score"]["correct"])
+    common = set.intersection(*(set(items) for items in rows.values()))
+    return {plan: {item: items[item] for item in items if item in common} for plan, items in rows.items()}
 
 
 def show(run: Path, out: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = found(run)
-    share = {name: sum(scores) / len(scores) for name, scores in rows.items()}
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    share = {name: sum(scores.values()) / len(scores) for name, scores in rows.items()}
     unpatched, items = share["unpatched"], len(rows["unpatched"])
     table = {0: {"top": unpatched, "random": [unpatched]}}
     for k in COUNTS:
         table[k] = {"top": share[f"top-{k:02}"], "random": [share[f"random-{k:02}-{s}"] for s in SEEDS]}
     document = {
-        "items": items,
-        "lengths_and_depths": "every cell of the run's grid once",
+        "items": list(rows["unpatched"]),
+        "found": {name: list(scores.values()) for name, scores in rows.items()},
         "accuracy_by_heads_masked": table,
-        "manifest": json.loads((run / "manifest.json").read_text("utf-8")),
+        **{key: manifest[key] for key in ("started", "seed", "settings", "model", "machine")},
     }
     (out / "masked.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")

@@ -280,6 +280,12 @@ def test_score_files_that_cannot_be_read(tmp_path, text, words):
         infer_patch.patch(MINIATURES["llama"].build(), RetrievalHeads(scores_file="absent.json", top=1))
 
 
+def test_plan_files_name_heads_without_quotes():
+    method = RetrievalHeads(heads=("18-6", "2-0"))
+    plan = infer_patch.Plan.from_yaml("methods: [{method: retrieval_heads, heads: [18-6, 2-0]}]")
+    assert plan.methods == (method,) and infer_patch.Plan.from_yaml(plan.to_yaml()) == plan
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

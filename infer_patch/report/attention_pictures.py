@@ -43,8 +43,8 @@ def changes(before: Tensor, after: Tensor, pieces: Sequence[str]) -> list[dict[s
 
 
 def drawn(before: Tensor, after: Tensor) -> bytes:
-    """PNG of three panels: before, after (both logarithmic), and after minus before."""
-    from matplotlib.colors import LogNorm
+    """PNG of three panels, all logarithmic: before, after, and after minus before."""
+    from matplotlib.colors import LogNorm, SymLogNorm
     from matplotlib.figure import Figure
 
     panels = [binned(before), binned(after)]
@@ -60,7 +60,8 @@ def drawn(before: Tensor, after: Tensor) -> bytes:
         axis.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes[:2], label="share of the query's attention")
     limit = max(float(difference.abs().max()), _LEAST)
-    image = axes[2].imshow(difference.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, extent=extent, aspect="auto")
+    signed = SymLogNorm(10 * _LEAST, vmin=-limit, vmax=limit)
+    image = axes[2].imshow(difference.numpy(), cmap="RdBu", norm=signed, extent=extent, aspect="auto")
     axes[2].set_title("difference", fontsize=10)
     figure.colorbar(image, ax=axes[2], label="more (blue) or less (red)")
     axes[0].set_ylabel("query token")
