@@ -87,6 +87,17 @@ def test_decoding_starts_with_the_last_prompt_token(family, mode):
     assert not torch.equal(out.sequences, mini.build().generate(**inputs, **GREEDY))
 
 
+@pytest.mark.parametrize("phase", ["decode", "all"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_drafts_are_checked_masked_in_layers_with_windows_too(family, phase):
+    mini = MINIATURES[family]
+    model, assistant = mini.build(), mini.build(num_hidden_layers=2)
+    inputs = text_inputs(mini, lengths=(60,))
+    with infer_patch.patch(model, RetrievalHeads(heads=HEADS, phase=phase)):
+        expected = model.generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=assistant), expected)
+
+
 @torch.no_grad()
 def head_outputs(model, inputs, layer, methods):
     """What each head of a layer gives, [B, T, H, D], with the cache afterwards."""
