@@ -55,6 +55,7 @@ def show(run: Path, out: Path) -> None:
         table[k] = {"top": share[f"top-{k:02}"], "random": [share[f"random-{k:02}-{s}"] for s in SEEDS]}
     document = {
         "items": list(rows["unpatched"]),
+        "whole_run": (run / "samples.jsonl").is_file(),  # else it was stopped: the items that all plans answered
         "found": {name: list(scores.values()) for name, scores in rows.items()},
         "accuracy_by_heads_masked": table,
         **{key: manifest[key] for key in ("started", "seed", "settings", "model", "machine")},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infer_patch.availability import installed_version
 from infer_patch.evals.sinks import MIN_QUERIES, Sinks
-from infer_patch.report.head_map import FORMATS, save
+from infer_patch.report.head_scores_map import FORMATS, save
 from infer_patch.report.kept_page import Pictures
 from infer_patch.report.page import environment
 from infer_patch.report.token_pictures import encoded, heated

@@ -42,7 +42,7 @@ def retrieval_heads(
     Tests are kept one by one, so an interrupted run goes on where it stopped.
     """
     from infer_patch.errors import PatchError
-    from infer_patch.report import head_map
+    from infer_patch.report import head_scores_map
 
     console = Console(stderr=True)
     folder = work or out.with_suffix("")
@@ -53,7 +53,7 @@ def retrieval_heads(
     if depths < 1:
         raise PatchError(f"--depths must be 1 or more, got {depths}.")
     if picture is not None:
-        head_map.check(picture)
+        head_scores_map.check(picture)
     sizes = numbers(lengths, "1000,2000")
     places = tuple(i / (depths - 1) for i in range(depths)) if depths > 1 else (0.5,)
     with console.status("Loading PyTorch and transformers") as status:
@@ -67,7 +67,7 @@ def retrieval_heads(
         document = calibrate(loaded, processor, settings, folder, model, on_progress)
     out.write_text(dumps(document), encoding="utf-8")
     if picture is not None:
-        head_map.save(document["mean"], picture, "Retrieval heads", "mean share of the fact that was copied")
+        head_scores_map.save(document["mean"], picture, "Retrieval heads", "mean share of the fact that was copied")
     _show(document, Console())
     places_of = f"\nScores    {out}\nTests    {folder}" + ("" if picture is None else f"\nPicture    {picture}")
     typer.echo(f"{places_of}\n\nmethods:\n  - {{method: retrieval_heads, scores_file: {out}, top: 10}}")
