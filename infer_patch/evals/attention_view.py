@@ -6,7 +6,6 @@ probabilities as output: sparse, calibrated or dense, whatever stands in the lay
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -96,6 +95,18 @@ def attention_views(
     return views, files
 
 
+_REMEMBERED = "state", "notes", "memory"  # what methods keep in a cache layer
+
+
+def _copied(value: Any) -> Any:
+    """A copy down to the tensors. Keys are shared: methods use their runtimes as keys."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_copied, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class _Probe:
     """Stands in for the engine at one layer: attends as the engine does, then asks it again for the probabilities."""
 
@@ -109,14 +120,15 @@ class _Probe:
         if held is not None and held.attends:
             self.found = "this plan attends from a cache of its own form, where nothing can be measured"
             return self.engine.attend(port, module, q, k, v, mask, kwargs)
-        before = None if held is None else (copy.deepcopy(held.state), copy.deepcopy(held.notes))
+        kept = {} if held is None else {name: vars(held)[name] for name in _REMEMBERED if name in vars(held)}
+        before = _copied(kept)
         shared = None if run is None else dict(run.tokens.shared)
         output = self.engine.attend(port, module, q, k, v, mask, kwargs)
-        after = None if held is None else (held.state, held.notes)
+        after = {name: getattr(held, name) for name in kept}
         keys, width, columns = k.shape[2], v.shape[3], []
         for first in range(0, keys, width):
-            if held is not None and before is not None:
-                held.state, held.notes = copy.deepcopy(before)
+            if held is not None:
+                vars(held).update(_copied(before))
             if run is not None and shared is not None:
                 run.tokens.shared.clear()
                 run.tokens.shared.update(shared)
@@ -125,8 +137,8 @@ class _Probe:
             some[:, :, range(first, first + count), range(count)] = 1
             probabilities = self.engine.attend(port, module, q, k, some, mask, kwargs)[0]
             columns.append(probabilities[0, :, self.head, :count].float().cpu())
-        if held is not None and after is not None:
-            held.state, held.notes = after
+        if held is not None:
+            vars(held).update(after)
         self._place(torch.cat(columns, 1), run, port.layer)
         return output
 
