@@ -40,7 +40,8 @@ def attend(
     if isinstance(mask, Tensor) and mask.ndim == 4:
         raise UnsupportedCallError("a hand-made 4-D attention mask cannot be patched; pass the 2-D padding mask.")
     scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-    inputs = LayerInputs(run, layer, run.key_view(layer, k.shape[2]), q, k, v, scale)
+    ordered = not isinstance(mask, LazyMask) or mask.is_ordered
+    inputs = LayerInputs(run, layer, run.key_view(layer, k.shape[2]), q, k, v, scale, ordered)
     if run.tokens.image is not None:
         for runtime in engine.observers.get(layer, ()):
             for call in inputs.calls():
@@ -74,7 +75,7 @@ def attend(
 def _dense_mask(inputs: LayerInputs, mask: Any) -> Any:
     """What the model's own attention gets as its mask: over the rows that are here."""
     run, view = inputs.run, inputs.view
-    if view.positions is None:
+    if view.positions is None or (run.held(inputs.layer) is None and run.reduction is None):
         cached = inputs.q.shape[2] < inputs.k.shape[2]
         if cached and run.held(inputs.layer) is not None and isinstance(mask, LazyMask) and not mask.is_plain_causal:
             # a layer with a window of its own: its mask is made for the few keys that transformers would have kept
@@ -141,7 +142,12 @@ def _count(name: str, layer: int, call: AttentionCall, choice: BlockMask | Token
 def _calibrated(runtime: Runtime, inputs: LayerInputs, output: Tensor, mask: Any, stats: Stats) -> Tensor:
     """The output [B, T, H, D] with what one method corrects in it."""
     name, layer = runtime.config.name, inputs.layer
-    if (reason := _not_causal(inputs, mask)) is not None:
+    if runtime.any_mask:
+        if inputs.view.start is None and inputs.run.tokens.has_holes:
+            raise UnsupportedCallError(
+                f"{name}: padding stands between real tokens of this batch; it must be on one side."
+            )
+    elif (reason := _not_causal(inputs, mask)) is not None:
         stats.left_alone(name, reason)
         return output
     corrected = None

@@ -62,6 +62,11 @@ class LazyMask:
         """Whether a token sees all real tokens before it: no window, no two-way image block, no packed sequences."""
         return self._arguments.get("mask_function", causal_mask_function) is causal_mask_function
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether it is causal, within a window or not, and nothing was added to that (image blocks, packing)."""
+        return bool(self._arguments.get("allow_is_causal_skip", True))
+
     def dense(self) -> Any:
         """The mask as the model's own implementation builds it (None where that skips it)."""
         if "dense" not in self._built:

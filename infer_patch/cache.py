@@ -272,7 +272,7 @@ class IndexedLayer(CacheLayerMixin):
 
     def _take_host(self, index: list[int]) -> None:
         if self.memory:
-            self.memory = [dict(self.memory[i]) for i in index]
+            self.memory = [dict(self.memory_of(i)) for i in index]
         if self.start is not None:
             self.start = tuple(self.start[i] for i in index)
 

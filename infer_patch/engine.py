@@ -191,6 +191,7 @@ class Engine:
             image=image,
             device=source.device,
             scores=cast(Recorder, self.recorder).scores(inputs["input_ids"], inputs) if looked else None,
+            asked=_asked(inputs.get("logits_to_keep")),
         )
         use_cache = given.get("use_cache")
         if cache is None and (self.parts.text_model.config.use_cache if use_cache is None else use_cache):
@@ -245,7 +246,9 @@ class Engine:
         for i, held in enumerate(cache.layers):
             store = self.stores.get(i)
             shortened = tokens.image is not None and i >= self.first_reduced
-            wanted = i in self.selectors or i in self.calibrators or shortened
+            # layers with a window of their own let go of old rows, and their masks count on that
+            corrected = i in self.calibrators and self.parts.windows[i] is None
+            wanted = i in self.selectors or corrected or shortened
             if isinstance(held, IndexedLayer):
                 if held.made_by is store:
                     continue
@@ -332,3 +335,8 @@ class Engine:
         full = run.reduction.scatter(run.full, rows, inplace=not run.keep_outputs)
         run.full = None
         return (full, *output[1:]) if isinstance(output, tuple) else full
+
+
+def _asked(logits_to_keep: Any) -> int:
+    """How many tokens at the end logits are wanted of; 1 where that is not said, or said of all (0)."""
+    return max(logits_to_keep, 1) if isinstance(logits_to_keep, int) else 1

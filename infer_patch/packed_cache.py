@@ -280,6 +280,7 @@ class PackedLayer(IndexedLayer):
         self._tail().take(chosen)
         for pool in self.pools:
             pool.take(chosen)
+        self._take_host(chosen)
         self.state = {}
 
     @classmethod

@@ -25,7 +25,8 @@ class AttentionCall:
     its own. `samples` are their rows in the batch. `state` is kept with the keys: it is empty whenever keys were
     reordered, dropped or are new; `notes` last as long as the cache, for all its samples; `memory` is a dict for each
     sample, which follows it through beams (`IndexedLayer.memory_of`). `positions` [b, S] are logical indices. What a
-    method adds to `counts` is summed up for the report.
+    method adds to `counts` is summed up for the report. `ordered` is False where the model's own mask is more than
+    causal: some tokens look forward, say.
     """
 
     q: Tensor
@@ -41,6 +42,7 @@ class AttentionCall:
     memory: list[dict[Any, Any]] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
     query_rows: slice = field(default_factory=lambda: slice(None))
+    ordered: bool = True
 
     @property
     def past(self) -> int:
@@ -77,7 +79,7 @@ class Run:
         if held is not None:
             return held.view
         if self.reduction is None:
-            return KeyView(rows)
+            return self._newest(rows)
         return KeyView(rows, self.reduction.start, self.reduction.positions(self.tokens.past))
 
     def every_row(self, rows: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -88,6 +90,16 @@ class Run:
             padding = tuple(first for first, _ in self.tokens.bounds or [(0, rows)] * self.tokens.batch)
             self.tokens.shared[key] = numbers, padding
         return self.tokens.shared[key]
+
+    def _newest(self, rows: int) -> KeyView:
+        """The view of a layer of transformers' own: with a window, it has let go of its oldest rows."""
+        tokens = self.tokens
+        gone = tokens.past + tokens.length - rows
+        if gone <= 0:
+            return KeyView(rows)
+        bounds = tokens.bounds or [(0, 0)] * tokens.batch
+        newest = torch.arange(gone, gone + rows, device=tokens.device).expand(tokens.batch, -1)
+        return KeyView(rows, tuple(min(max(first - gone, 0), rows) for first, _ in bounds), newest)
 
     def once(self, value: Tensor, make: Any) -> Tensor:
         """make(value), computed once per reduction: layers share masks, positions and rotary tables."""
@@ -108,6 +120,7 @@ class LayerInputs:
     k: Tensor
     v: Tensor
     scale: float
+    ordered: bool = True
 
     def calls(self) -> Iterator[AttentionCall]:
         """Samples that are padded alike, with their padding cut off."""
@@ -139,6 +152,7 @@ class LayerInputs:
                 notes={} if held is None else held.notes,
                 memory=[{} if held is None else held.memory_of(sample) for sample in samples],
                 query_rows=rows,
+                ordered=self.ordered,
             )
 
     def _positions(self, here: Any, start: int, stop: int, samples: int) -> Tensor:

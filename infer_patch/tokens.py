@@ -30,6 +30,9 @@ class Tokens:
     image : int64 Tensor [B, T], optional
         For each new token the number of its picture within the sample (0, 1, ...), -1 for text. None when the call
         brings no visual tokens.
+    asked : int
+        How many tokens at the end the caller wants logits of (`logits_to_keep`): 1 in `generate`, more where it checks
+        a draft. 1 where the call does not say.
     shared : dict
         Scratch space that lives as long as the call: masks, lists and scores that several layers use.
     scores : EncoderScores, optional
@@ -42,6 +45,7 @@ class Tokens:
     mask: Tensor | None
     image: Tensor | None
     device: torch.device
+    asked: int = 1
     shared: dict[Any, Any] = field(default_factory=dict)
     scores: EncoderScores | None = None
 

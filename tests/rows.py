@@ -20,6 +20,7 @@ from infer_patch.patches import (
     Paint,
     PSigmoid,
     RandomPruning,
+    RetrievalHeads,
     SinkWindow,
     VerticalSlash,
     ZipVL,
@@ -27,6 +28,9 @@ from infer_patch.patches import (
 
 # spans of 128 tokens, 0.75 N - 64, 0.75 N and N, mixed over the query heads of the miniatures; and N throughout
 SPANS, DENSE_SPANS = (str(Path(__file__).parent / "data" / f"moa-plan{x}.json") for x in ("", "-dense"))
+
+MASKED = ("1-0", "1-3", "2-1", "3-2")
+SCORES = str(Path(__file__).parent / "data" / "head-scores.json")
 
 # searches that find little of what the window leaves: two or three blocks
 SMALL = dict(sinks=0, dense_layers=0, dense_below=0, max_share=1.0)
@@ -101,6 +105,11 @@ ROWS = [
     Row("fastv", (FastV(layer=2, drop_ratio=0.5),), vision=True),
     Row("fastv-text", (FastV(layer=1, query="text_mean"),), vision=True),
     Row("fastv-none", (FastV(layer=2, drop_ratio=0.0),), vision=True, neutral=True, fires=False),
+    # the prompt's last token is masked, so what is the prompt and what was generated matters
+    Row("retrieval_heads", (RetrievalHeads(heads=MASKED),), chunkable=False, patient=False),
+    Row("retrieval_heads-zero", (RetrievalHeads(heads=MASKED, mode="zero"),), chunkable=False, patient=False),
+    Row("retrieval_heads-all", (RetrievalHeads(heads=MASKED, phase="all"),), patient=False),
+    Row("retrieval_heads-none", (RetrievalHeads(scores_file=SCORES, top=0),), neutral=True, fires=False),
     Row("random", (RandomPruning(layer=0, drop_ratio=0.5),), vision=True),
     Row("g_search", (GSearch(keep_rate=(1, 1, 0.6, 0.2)),), vision=True),
     Row("g_search-to-none", (GSearch(keep_rate=(1, 0.7, 0.7, 0), query="last", pool="per_image"),), vision=True),
@@ -127,6 +136,7 @@ ROWS = [
     Row("fastv+kv_quant", (FastV(layer=1), KVQuant(recent=16, window=16)), vision=True),
     Row("fastv+zipvl", (FastV(layer=1), ZipVL(**ZIP)), vision=True),
     Row("fastv+sink_window", (FastV(layer=1), SinkWindow(window=64, evict=True)), vision=True),
+    Row("fastv+retrieval_heads", (FastV(layer=2), RetrievalHeads(heads=MASKED)), vision=True, patient=False),
 ]
 
 
@@ -140,10 +150,13 @@ def serves(row: Row, mini: Miniature) -> bool:
     if any(m.name == "paint" for m in row.methods) and mini.name not in WITH_CLS:
         return False
     selects = any("select" in m.ports for m in row.methods)
-    calibrates = any("calibrate" in m.ports for m in row.methods)
+    masks = any(m.name == "retrieval_heads" for m in row.methods)
+    calibrates = any("calibrate" in m.ports for m in row.methods) and not masks
     attends = selects or calibrates or any("store" in m.ports for m in row.methods)
     if calibrates and mini.sliding == "some":
         return False  # the heads of these rows stand in layers with a window, too
+    if mini.bidirectional != "none" and any(getattr(m, "phase", None) == "all" for m in row.methods):
+        return False
     # where pictures or prompts see both ways, selection runs dense and says so: test_refusals
     return not (
         (attends and (mini.softcap or mini.sliding == "all"))

@@ -6,11 +6,16 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 from test_evaluate import NARROW, WIDE
 from test_kept_tokens import run as look_at_pictures
+from typer.testing import CliRunner
 
+from infer_patch.evals.compare import Settings, compare
 from infer_patch.evals.evaluate import evaluate
 from infer_patch.evals.needle import NeedleGrid
+from infer_patch.patches import RetrievalHeads
+from infer_patch.plan import Plan
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROBE = """<script>
@@ -78,6 +83,40 @@ def test_kept_tokens_in_a_browser(tmp_path, width):
     assert found["images"] == found["seen"] == 9  # three examples: the picture, and under two plans
     assert found["svgs"] == found["drawn"] == found["labelled"] >= 3  # shares per layer
     assert found["requests"] == 0 and found["unreachable"] == 0
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_attention_before_and_after_in_a_browser(tiny, tmp_path, width):
+    settings = Settings(max_new_tokens=2, rounds=1, warm_up=False, attention=(1, 2))
+    masked = Plan((RetrievalHeads(heads=("1-2",), phase="all"),), name="masked")
+    found = compare(*tiny, [masked, "identity"], ["One word, and another. " * 6], settings, out=tmp_path / "result")
+    shown, console = probe(found.page, tmp_path, width)
+    assert not console and shown["fits"], (console, shown)
+    assert shown["images"] == 2 and shown["seen"] >= 1  # the second is folded
+    assert shown["requests"] == 0 and shown["unreachable"] == 0
+
+
+@pytest.fixture(scope="module")
+def sinks_page(tmp_path_factory):
+    from infer_patch.cli import app
+
+    out = tmp_path_factory.mktemp("sinks") / "sinks.html"
+    picture = out.with_name("picture.png")
+    Image.radial_gradient("L").convert("RGB").save(picture)
+    asked = ["demo-vlm", "--image", str(picture), "--prompt", "What is there in this picture? Name it."]
+    ran = CliRunner().invoke(app, ["report", "sinks", *asked, "--threshold", "0.02", "--out", str(out)])
+    assert ran.exit_code == 0, ran.output
+    return out
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_sinks_in_a_browser(sinks_page, tmp_path, width):
+    found, console = probe(sinks_page, tmp_path, width)
+    assert not console and found["fits"], (console, found)
+    assert found["images"] == found["seen"] == 2  # the overlay, and the map of heads
+    assert found["rows"] >= 5 and found["requests"] == 0 and found["unreachable"] == 0
 
 
 def test_the_page_names_nothing_outside_itself(page):

@@ -15,6 +15,7 @@ from infer_patch.cli.calibrate import calibrations
 from infer_patch.cli.calibrate import dyvte as _dyvte  # noqa: F401
 from infer_patch.cli.calibrate import kv as _kv  # noqa: F401
 from infer_patch.cli.calibrate import moa as _moa  # noqa: F401
+from infer_patch.cli.calibrate import retrieval_heads as _retrieval_heads  # noqa: F401
 from infer_patch.cli.calibrate import schedules as _schedules  # noqa: F401
 from infer_patch.cli.calibrate import var as _var  # noqa: F401
 from infer_patch.cli.chat import chat
@@ -23,7 +24,7 @@ from infer_patch.cli.demo import demo
 from infer_patch.cli.doctor import doctor
 from infer_patch.cli.eval import evaluations
 from infer_patch.cli.list import show
-from infer_patch.cli.report import report
+from infer_patch.cli.report import reports
 from infer_patch.errors import MissingDependencyError, PatchError
 
 
@@ -69,10 +70,10 @@ app.command("compare")(compare)
 app.command("chat")(chat)
 app.command("list")(show)
 app.command("doctor")(doctor)
-app.command("report")(report)
 app.add_typer(evaluations, name="eval")
 app.add_typer(bench, name="bench")
 app.add_typer(calibrations, name="calibrate")
+app.add_typer(reports, name="report")
 
 
 def main() -> None:

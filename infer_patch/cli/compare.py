@@ -34,6 +34,9 @@ def compare(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Result folder; if not given, infer-patch-MODEL-TIME.")] = None,
     seed: Annotated[int, typer.Option(help="Of torch and of a generated prompt.")] = 0,
+    attention: Annotated[
+        str | None, typer.Option(help="LAYER:HEAD, like 12:3: draw its attention before and after each plan.")
+    ] = None,
 ) -> None:
     """Run a model unpatched and with each plan on the same prompts: outputs, drift, cost, proof of effect, verdict.
 
@@ -51,7 +54,8 @@ def compare(
         plans = [Plan.of(p) for p in plan]
         images = open_images(image or [])
         texts = [*(prompt or []), *map(read_prompt, prompt_file or [])]
-        settings = Settings(max_new_tokens=max_new_tokens, rounds=rounds, seed=seed)
+        chosen = None if attention is None else parse_head(attention)
+        settings = Settings(max_new_tokens=max_new_tokens, rounds=rounds, seed=seed, attention=chosen)
         out = out or default_folder(model)
         ResultFolder(out).check()
         with quiet():
@@ -73,6 +77,14 @@ def compare(
     show(comparison, Console())
     if comparison.failed:
         raise typer.Exit(1)
+
+
+def parse_head(text: str) -> tuple[int, int]:
+    """("12:3") -> (12, 3)."""
+    layer, colon, head = text.partition(":")
+    if not (colon and layer.isdecimal() and head.isdecimal()):
+        raise typer.BadParameter(f"--attention takes LAYER:HEAD, like 12:3; got {text!r}")
+    return int(layer), int(head)
 
 
 def show(comparison: Comparison, console: Console, with_outputs: bool = True) -> None:

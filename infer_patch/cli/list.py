@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.syntax import Syntax
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def _own_fields_first(cls: type[Method]) -> list[dataclasses.Field[Any]]:
 
 
 def _print_all(console: Console, known: dict[str, type[Method]], names: list[str]) -> None:
-    table = Table("name", "port", "what it does", "models", "needs", "paper", title="Methods", title_justify="left")
+    columns = Column("name", no_wrap=True), "port", "what it does", "models", "needs", "paper"
+    table = Table(*columns, title="Methods", title_justify="left")
     for cls in known.values():
         row = (cls.name, ", ".join(cls.ports), cls.summary, cls.modality, cls.artifact or "-", cls.paper or "-")
         table.add_row(*map(escape, row))

@@ -12,6 +12,7 @@ from typing import Any
 from infer_patch.api import patch
 from infer_patch.availability import require
 from infer_patch.errors import PatchError, PlanError
+from infer_patch.evals.attention_view import attention_views, check_head
 from infer_patch.evals.prompts import Prompt
 from infer_patch.evals.results import ResultFolder, file_name, git_commit
 from infer_patch.evals.schema import SCHEMA, Manifest, ModelFacts, Sample, Summary
@@ -42,6 +43,8 @@ class Settings:
         Names of plans that need not take effect, because their settings ask for nothing to be left out.
     seed : int
         Of torch, and noted in the manifest.
+    attention : (int, int), optional
+        A layer and a head, whose attention on the first prompt is measured before and after, plan by plan.
     """
 
     max_new_tokens: int = 32
@@ -50,6 +53,7 @@ class Settings:
     drift_prompts: int | None = None
     may_stay_dense: Collection[str] = ()
     seed: int = 0
+    attention: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("rounds", 1), ("drift_prompts", 0)):
@@ -123,6 +127,9 @@ def compare(
     settings = settings or Settings()
     if out is not None:
         require("jinja2", "The HTML page")
+    if settings.attention is not None:
+        require("matplotlib", "Drawing attention")
+        check_head(model, *settings.attention)
     wanted = checked(model, plans)
     ready = [make_ready(i, p, processor, model, chat) for i, p in enumerate(prompts)]
     if not ready:
@@ -153,10 +160,14 @@ def compare(
         summary = session.run(
             title or f"{manifest['model']['id']}: {', '.join(p.name for p in wanted)} against unpatched"
         )
+        files: dict[str, bytes] = {}
+        if settings.attention is not None:
+            summary["attention"], files = attention_views(model, processor, wanted, ready[0], *settings.attention)
         if folder is not None:
             from infer_patch.report.page import render
 
-            folder.finish(summary, lambda final: render(final, summary, session.samples))
+            folder.add_files(files)
+            folder.finish(summary, lambda final: render(final, summary, session.samples, files))
     except BaseException as error:
         if folder is not None:
             folder.fail(error)
@@ -200,4 +211,5 @@ def _repeated(names: Sequence[str]) -> str:
 
 def _settings(settings: Settings, prompts: int, chat: bool | None) -> dict[str, Any]:
     values = dataclasses.asdict(settings) | {"may_stay_dense": sorted(settings.may_stay_dense)}
+    values["attention"] = None if settings.attention is None else "{}:{}".format(*settings.attention)
     return {**values, "prompts": prompts, "chat": "where there is a template" if chat is None else chat}

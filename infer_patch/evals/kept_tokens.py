@@ -58,7 +58,7 @@ def draw_examples(
         if item.name not in recorded:
             continue
         inputs = encode(item.prompt, processor, model, chat)
-        pictures, grids = _as_seen(inputs, item.prompt.images, processor), picture_grids(inputs, model.config)
+        pictures, grids = as_seen(inputs, item.prompt.images, processor), picture_grids(inputs, model.config)
         if len(grids) != len(pictures):
             grids = [None] * len(pictures)
         name, shown = f"{len(examples) + 1}", list(zip(pictures, grids))[:PICTURES]
@@ -94,7 +94,7 @@ def _layers(row: EvalSample) -> list[int]:
     return [layer for picture in row["left_at"] or [] for layer in picture if layer is not None]
 
 
-def _as_seen(inputs: Mapping[str, Any], images: Sequence[Any], processor: Any) -> list[Any]:
+def as_seen(inputs: Mapping[str, Any], images: Sequence[Any], processor: Any) -> list[Any]:
     """PIL images: what the model sees where its input holds whole pictures (cropped, for LLaVA), else as given."""
     pixels = inputs.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (len(images), 3):

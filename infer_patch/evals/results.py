@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,8 @@ class ResultFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in ("samples.jsonl", "summary.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "plans", ignore_errors=True)
+        for name in ("plans", "attention"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / "plans").mkdir()
         self._manifest, self._began = manifest, time.monotonic()
         write_json(self.path / "manifest.json", manifest)
@@ -57,6 +58,12 @@ class ResultFolder:
         """Append a row to `samples.jsonl`."""
         with (self.path / "samples.jsonl").open("a", encoding="utf-8") as rows:
             rows.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def add_files(self, files: Mapping[str, bytes]) -> None:
+        """Write further files, by their names in the folder."""
+        for name, data in files.items():
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_bytes(data)
 
     def finish(self, summary: Summary, page: Callable[[Manifest], str]) -> None:
         """Write the summary and the page made from the final manifest, and mark the run as done."""

@@ -150,7 +150,37 @@ class Row(TypedDict):
     effect: list[Effect]
 
 
-class Summary(TypedDict):
+class AttentionChange(TypedDict):
+    """A token's share of the attention of the prompt's last token."""
+
+    token: int
+    text: str
+    before: float
+    after: float
+
+
+class AttentionView(TypedDict):
+    """One head on the first prompt, before and after a plan. `problem`: why there is none, else None.
+
+    `moved` and `moved_last` are the shares of attention that went elsewhere: the mean over all rows, and of the last.
+    """
+
+    plan: str
+    prompt: str
+    layer: int
+    head: int
+    file: str | None
+    moved: float | None
+    moved_last: float | None
+    changes: list[AttentionChange]
+    problem: str | None
+
+
+class _Attention(TypedDict, total=False):
+    attention: list[AttentionView]  # where a head was asked for
+
+
+class Summary(_Attention):
     """`summary.json`: the unpatched run, the plans, and the controls, in this order."""
 
     schema: int

@@ -11,6 +11,7 @@ from infer_patch.patches.moa import MoA
 from infer_patch.patches.p_sigmoid import PSigmoid
 from infer_patch.patches.paint import Paint
 from infer_patch.patches.random_pruning import RandomPruning
+from infer_patch.patches.retrieval_heads import RetrievalHeads
 from infer_patch.patches.sink_window import SinkWindow
 from infer_patch.patches.var import VAR
 from infer_patch.patches.vertical_slash import VerticalSlash
@@ -31,6 +32,7 @@ __all__ = [
     "PSigmoid",
     "Paint",
     "RandomPruning",
+    "RetrievalHeads",
     "SinkWindow",
     "VerticalSlash",
     "ZipVL",

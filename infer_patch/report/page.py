@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,16 @@ from infer_patch.availability import require
 from infer_patch.evals.results import read, write_text
 from infer_patch.evals.schema import Manifest, Sample, Summary
 from infer_patch.report import formats
+from infer_patch.report.kept_page import Pictures
 from infer_patch.report.plots import layer_figures, svg
 
 _EXCERPT = 400  # characters of a prompt's start and end that are shown
 
 
-def render(manifest: Manifest, summary: Summary, samples: Sequence[Sample]) -> str:
-    """The page as text. Everything that a model, a file or a user wrote is escaped."""
+def render(
+    manifest: Manifest, summary: Summary, samples: Sequence[Sample], files: Mapping[str, bytes] | None = None
+) -> str:
+    """The page as text; `files` are its pictures. Everything that a model, a file or a user wrote is escaped."""
     pages = environment()
     from markupsafe import Markup
 
@@ -31,6 +34,7 @@ def render(manifest: Manifest, summary: Summary, samples: Sequence[Sample]) -> s
         proofs=_proofs(summary, Markup),
         yaml={plan["name"]: plan_yaml(plan) for plan in manifest["plans"]},
         facts=manifest_facts(manifest),
+        attention=_attention(summary, files or {}),
     )
 
 
@@ -62,8 +66,17 @@ def number(value: Any, show: Any) -> Any:
 def write_page(folder: str | Path) -> Path:
     """Render the page of a result folder again; returns its path."""
     page = Path(folder) / "report.html"
-    write_text(page, render(*read(folder)))
+    manifest, summary, samples = read(folder)
+    names = [view["file"] for view in summary.get("attention", ()) if view["file"] is not None]
+    files = {name: (Path(folder) / name).read_bytes() for name in names if (Path(folder) / name).is_file()}
+    write_text(page, render(manifest, summary, samples, files))
     return page
+
+
+def _attention(summary: Summary, files: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """One head before and after each plan, with pictures as data URIs."""
+    pictures = Pictures()
+    return [{**view, "uri": pictures.uri(view["file"], files)} for view in summary.get("attention", ())]
 
 
 def excerpt(text: str) -> tuple[str, int, str]:

@@ -15,6 +15,7 @@ Colour = tuple[int, int, int]
 SIDE = 224  # pixels of the longer side, at most
 _SMALL = 20_000  # bytes that a PNG may have; what is larger (photographs) becomes a JPEG
 _PAINT = 0.75  # of a dropped cell; the rest is the picture in grey
+_HEAT = 0.6  # of a cell that is coloured by a value
 _DARK = (22, 26, 36)
 _HATCH, _LINE = 7, 26  # pixels between two lines, and how much brighter they are
 # dark to bright, readable without colour vision: from the first layer that dropped something to the last
@@ -83,3 +84,25 @@ def encoded(picture: Any) -> tuple[bytes, str]:
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=85, optimize=True)
     return stream.getvalue(), "jpg"
+
+
+def heated(picture: Any, grid: Grid, values: Sequence[float]) -> Any:
+    """The fitted picture in grey, under a colour for each cell: dark for nothing, bright for the highest value.
+
+    Parameters
+    ----------
+    values : sequence of float
+        One per token of the picture, in order, 0 or more.
+    """
+    from PIL import Image
+
+    shown = fitted(picture, grid)
+    cells = np.asarray(values[grid.leading :], dtype=float)
+    share = cells / max(cells.max(initial=0.0), 1e-12)
+    stops = np.linspace(0, 1, len(_BY_LAYER))
+    paint = np.stack([np.interp(share, stops, [c[i] for c in _BY_LAYER]) for i in range(3)], -1)
+    cover = Image.fromarray(paint.reshape(grid.rows, grid.columns, 3).round().astype(np.uint8))
+    colours = np.asarray(cover.resize(shown.size, Image.Resampling.NEAREST), dtype=float)
+    grey = np.asarray(shown, dtype=float) @ np.array([[0.299], [0.587], [0.114]])
+    mixed = _HEAT * colours + (1 - _HEAT) * grey
+    return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
