@@ -25,13 +25,18 @@ def _quiet():
 def check(model, row):
     """Neutral rows change nothing, others something, and all come off."""
     inputs = text_inputs(MINIATURES["llama"], lengths=(300, 210))
-    with torch.no_grad():
-        tokens, logits = model.generate(**inputs, **GREEDY), model(**inputs).logits[:, -1]
-        with infer_patch.patch(model, list(row.methods)):
-            patched_tokens, patched = model.generate(**inputs, **GREEDY), model(**inputs).logits[:, -1]
-        assert torch.equal(patched, logits) == row.neutral
-        assert torch.equal(patched_tokens, tokens) or not row.neutral
-        assert torch.equal(model(**inputs).logits[:, -1], logits)
+    tokens, logits = generated(model, inputs)
+    with infer_patch.patch(model, list(row.methods)):
+        patched_tokens, patched = generated(model, inputs)
+    assert torch.equal(patched, logits) == row.neutral
+    assert torch.equal(patched_tokens, tokens) or not row.neutral
+    assert torch.equal(generated(model, inputs)[1], logits)
+
+
+def generated(model, inputs):
+    """Tokens, and the logits of every step: the first is the prompt's, the others read the cache."""
+    out = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    return out.sequences, torch.stack(out.logits, 1)
 
 
 @pytest.fixture(scope="module")

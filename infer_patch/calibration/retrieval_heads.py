@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +190,10 @@ def answer_with_attention(model: Any, prompt_ids: list[int], max_new_tokens: int
     inputs = {"input_ids": torch.tensor([prompt_ids], device=model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     seen: list[Tensor] = []
-    with patch(model, _Watching(seen=seen)):
-        trace = generate(model, inputs, max_new_tokens, keep_logits=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*never took effect", UserWarning)  # it only looks
+        with patch(model, _Watching(seen=seen)):
+            trace = generate(model, inputs, max_new_tokens, keep_logits=False)
     layers = describe(model).num_layers
     return torch.stack(seen).unflatten(0, (-1, layers)).cpu(), trace.ids
 

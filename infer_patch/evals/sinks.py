@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +94,10 @@ def find_sinks(model: Any, inputs: Mapping[str, Any], threshold: float = 0.1) ->
         what = "soft-caps its attention scores" if parts.attention_logits_capped else "has learned attention sinks"
         raise UnsupportedModelError(f"{parts.model_type} {what}; sinks are found in plain softmax attention only.")
     found = _Found({}, {}, [])
-    with patch(model, _Measuring(found=found)):
-        model(**inputs, use_cache=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*never took effect", UserWarning)  # it only looks
+        with patch(model, _Measuring(found=found)):
+            model(**inputs, use_cache=False)
     layers = range(parts.num_layers)
     image = found.image[0] if found.image else torch.full_like(ids[0], -1)
     return Sinks(
