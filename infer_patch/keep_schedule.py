@@ -136,11 +136,11 @@ class ScheduledPruning(Method):
 
     def gives_rates(self) -> bool:
         """Whether the options hold the rates, so that no file is needed."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no gives_rates")
 
     def given_rates(self, layers: int) -> Schedule:
         """The schedule that the options give for a model of so many layers."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no given_rates")
 
     def schedule(self, parts: ModelParts) -> Schedule:
         """The schedule for this model."""
