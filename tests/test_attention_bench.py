@@ -1,6 +1,7 @@
 """`bench prefill` and `bench decode`: what runs, what is counted, what is said about it. No time is tested."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from infer_patch.cli import app
 from infer_patch.errors import PatchError, PlanError
 from infer_patch.evals import attention_sides as sides
 from infer_patch.evals.attention_bench import Settings, measure, smaller_caches, starts_to_win, warnings_of
+from infer_patch.evals.attention_rounds import Rounds
 from infer_patch.evals.budgets import BUDGETS, always_sparse, budget_for_share, default_plans, with_budget
 from infer_patch.evals.stopwatch import Stopwatch
+from infer_patch.evals.transformers_caches import CacheSide, held_bytes, installed
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention, token_mask
 from infer_patch.kernels.dense_attention import dense_attention
@@ -68,6 +71,59 @@ def test_decode_results():
     assert rows[640, "evicting"]["ran_dense"] is None
     assert "decoding is dense" in rows[640, "slash"]["ran_dense"]
     assert all(len(row["raw_milliseconds"]) == 1 and row["first_step_ms"] > 0 for row in rows.values())
+
+
+def test_decode_with_the_cache_in_the_time():
+    quantised = Plan((KVQuant(),), "4 bits")
+    found = measure([WINDOW, quantised], Settings("decode", (640,), with_cache=True, **SMALL), CPU, FP32)
+    rows = by_side(found)
+    assert [side for _, side in rows][:4] == ["dense", "dense again", "window", "4 bits"]
+    assert (640, "dense, folded") not in rows
+    assert rows[640, "dense"]["cache_bytes"] == 2 * 2 * 642 * 16 * 4
+    assert rows[640, "4 bits"]["cache_bytes"] < 0.6 * rows[640, "dense"]["cache_bytes"]
+    others = {"quanto, 4 bits", "quanto, 2 bits", "hqq, 4 bits", "hqq, 2 bits"}
+    skipped = {s["side"] for s in found["skipped"]}
+    assert others <= skipped | {side for _, side in rows}  # they run where their packages are installed
+    with pytest.raises(PatchError, match="with_cache is for decode"):
+        Settings("prefill", with_cache=True)
+
+
+def test_a_cache_layer_of_transformers_grows_inside_the_timed_part(monkeypatch):
+    marks = []
+    monkeypatch.setattr(Stopwatch, "mark", lambda self: marks.append("mark") or float(len(marks)))
+    monkeypatch.setattr(CacheSide, "extend", lambda self, k, v, keys: marks.append(f"extend {keys}"))
+    monkeypatch.setattr(CacheSide, "attend", lambda self, q: marks.append("attend"))
+    for with_cache, expected in (
+        (True, ["mark", "extend 9", "attend", "mark"]),
+        (False, ["extend 9", "mark", "attend", "mark"]),
+    ):
+        bench = Rounds(Settings("decode", (8,), with_cache=with_cache, **SMALL), 8, [], Stopwatch(CPU), CPU, FP32)
+        marks.clear()
+        bench._timed(CacheSide("dense"), bench.q[:, :, :1], 9)
+        assert marks == expected
+
+
+def test_a_cache_side_is_dense_attention_over_all_tokens():
+    q, k, v = tensors(40, queries=3)
+    side = CacheSide("dense")
+    side.start()
+    side.extend(k, v, 37)
+    for step in range(3):
+        side.extend(k, v, 38 + step)
+        seen = slice(0, 38 + step)
+        expected = dense_attention(q[:, :, step : step + 1], k[:, :, seen], v[:, :, seen], 0.25).transpose(1, 2)
+        torch.testing.assert_close(side.attend(q[:, :, step : step + 1]), expected, atol=1e-5, rtol=1e-5)
+    assert side.cache_bytes() == 2 * k.numel() * 4
+    side.start()
+    side.extend(k, v, 5)
+    assert side.k.shape[2] == 5
+
+
+def test_bytes_count_every_tensor_once():
+    x, y = torch.zeros(3), torch.zeros(2, dtype=torch.int8)
+    assert held_bytes(SimpleNamespace(a=x, b=(x, {"scale": y}), name="x")) == 14
+    assert held_bytes(SimpleNamespace(nbytes=lambda: 5)) == 5
+    assert not installed("no_such_package.inside") and installed("torch.nn")
 
 
 @pytest.mark.parametrize("plan", [WINDOW, ENVELOPE], ids=lambda plan: plan.name)

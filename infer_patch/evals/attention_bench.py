@@ -54,6 +54,9 @@ class Settings:
         Run sparse where methods would run dense because sparse cannot win.
     flex : bool
         Time flex_attention over the lists of each plan too (prefill). It compiles for each length.
+    with_cache : bool
+        Decode: time the cache's update with the attention. Dense attention then has transformers' growing cache, and
+        transformers' quantised caches join where their packages are installed.
     clock : {"wall", "cpu"}
     seed : int
     """
@@ -72,6 +75,7 @@ class Settings:
     keep: float | None = None
     force: bool = False
     flex: bool = False
+    with_cache: bool = False
     clock: str = "wall"
     seed: int = 0
 
@@ -82,6 +86,8 @@ class Settings:
             raise PatchError(f"lengths must be one or more different numbers of tokens from 2 up, got {self.lengths}")
         if min(self.rounds, self.steps, self.batch) < 1:
             raise PatchError(f"need 1 or more, got rounds {self.rounds}, steps {self.steps}, batch {self.batch}")
+        if self.with_cache and self.phase != "decode":
+            raise PatchError("with_cache is for decode: a prompt's keys are written once, whatever the cache.")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise PatchError(f"keep must be a share above 0 and at most 1, got {self.keep}")
         if self.keep is not None and self.budget is not None:

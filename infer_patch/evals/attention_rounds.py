@@ -21,6 +21,7 @@ from infer_patch.evals.attention_sides import (
 from infer_patch.evals.cost import MemoryMeter, rotated
 from infer_patch.evals.overhead import spread, verdict
 from infer_patch.evals.stopwatch import Stopwatch
+from infer_patch.evals.transformers_caches import CacheSide, quantised_sides
 from infer_patch.plan import Plan
 
 if TYPE_CHECKING:
@@ -54,9 +55,15 @@ class Rounds:
         self.k, self.v = random(settings.kv_heads, rows), random(settings.kv_heads, rows)
         self.skipped: dict[str, str] = {}
         self.sides: list[Side] = [Dense(DENSE, sdpa), Dense(CONTROL, sdpa, "control")]
+        if settings.with_cache:
+            self.sides = [CacheSide(DENSE), CacheSide(CONTROL, kind="control")]
         for plan in plans:
             self._add(plan, torch.OutOfMemoryError)
-        if self.decode:
+        if settings.with_cache:
+            quantised, self.skipped = quantised_sides()
+            for side in quantised:
+                self._add(side)
+        elif self.decode:
             self.sides.append(Dense("dense, folded", folded_sdpa))
         reason = why_no_flash_attn(self.q)
         if reason is None:
@@ -110,20 +117,23 @@ class Rounds:
         steps: dict[str, list[tuple[float, float | None]]] = {side.name: [] for side in order}
         for step in range(self.settings.steps + 1):
             for side in _turned(order, step):
-                side.extend(self.k, self.v, self.length + step + 1)
-                steps[side.name].append(self._timed(side, self.q[:, :, step : step + 1]))
+                steps[side.name].append(self._timed(side, self.q[:, :, step : step + 1], self.length + step + 1))
         found: dict[str, tuple[float | None, ...]] = {}
         for name, ((first, _), *later) in steps.items():
             chosen = [selection for _, selection in later if selection is not None]
             found[name] = (sum(total for total, _ in later), sum(chosen) if chosen else None, first)
         return found
 
-    def _timed(self, side: Side, q: Tensor) -> tuple[float, float | None]:
-        """Seconds in all, and of them for the choice of blocks."""
+    def _timed(self, side: Side, q: Tensor, keys: int | None = None) -> tuple[float, float | None]:
+        """Seconds in all, and of them for the choice of blocks; first the cache grows to so many keys."""
         if isinstance(side, PlanSide):
             side.selection = []
+        if keys is not None and not self.settings.with_cache:
+            side.extend(self.k, self.v, keys)
         self.watch.settle()
         begin = self.watch.mark()
+        if keys is not None and self.settings.with_cache:
+            side.extend(self.k, self.v, keys)
         side.attend(q)
         end = self.watch.mark()
         seconds = self.watch.seconds(begin, end)
@@ -190,7 +200,7 @@ class Rounds:
         if isinstance(side, Flex):
             return side.kept_share, None, memory.peak_bytes
         if not isinstance(side, PlanSide):
-            return 1.0, None, memory.peak_bytes
+            return None if side.kind == "transformers" else 1.0, None, memory.peak_bytes
         reason = side.choice if isinstance(side.choice, str) else None
         return 1.0 if reason else side.kept_share(), reason, memory.peak_bytes
 

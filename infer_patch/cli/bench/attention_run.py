@@ -58,8 +58,9 @@ def show(document: dict[str, Any], console: Console) -> None:
     from infer_patch.evals.attention_bench import CONTROL, NEVER, smaller_caches, warnings_of
 
     settings, results, decode = document["settings"], document["results"], document["benchmark"] == "decode"
+    what = "attention and cache" if settings["with_cache"] else "attention alone"
     console.print(
-        f"{document['benchmark']}, attention alone: {settings['heads']} heads, {settings['kv_heads']} key heads, "
+        f"{document['benchmark']}, {what}: {settings['heads']} heads, {settings['kv_heads']} key heads, "
         f"D {settings['head_dim']}, batch {settings['batch']}, {document['dtype']} on {document['device']}, "
         f"{settings['rounds']} rounds",
         highlight=False,

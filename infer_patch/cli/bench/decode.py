@@ -21,6 +21,14 @@ def decode(
     device: option.Device = "auto",
     rounds: option.Rounds = 9,
     steps: Annotated[int, typer.Option(help="Consecutive steps timed together, after a first one that is apart.")] = 16,
+    with_cache: Annotated[
+        bool,
+        typer.Option(
+            "--with-cache",
+            help="Time the cache's update too, dense attention with transformers' growing cache. Its quantised caches "
+            "join where quanto or hqq is installed.",
+        ),
+    ] = False,
     budget: option.Budget = None,
     keep: option.Keep = None,
     force: option.Force = False,
