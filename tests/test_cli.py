@@ -127,7 +127,7 @@ def test_overhead_writes_its_result(tmp_path):
     done = call(*TINY, "--json", str(file))
     assert "control: unpatched once more" in done.stdout
     found = json.loads(file.read_text())
-    assert found["plan"] == {"name": "identity", "methods": []}
+    assert found["plans"] == [{"name": "identity", "methods": []}]
     assert found["machine"]["versions"]["torch"] and found["command"].startswith(
         "infer-patch bench overhead --model tiny"
     )
@@ -138,6 +138,27 @@ def test_overhead_writes_its_result(tmp_path):
         assert result["ratio"]["control"]["median"] > 0 and result["measurements"] == len(
             result["raw_milliseconds"]["patched"]
         )
+
+
+def test_overhead_of_several_plans_side_by_side(tmp_path):
+    file = tmp_path / "overhead.json"
+    done = call(*TINY, "--plan", "identity", "--plan", "sink_window-evict", "--json", str(file))
+    found = json.loads(file.read_text())
+    assert found["command"].count("--plan") == 2 and found["goal"] is None
+    rows = [(r["phase"], r["plan"]) for r in found["results"]]
+    assert rows == [(phase, plan) for phase in ("prefill", "decode") for plan in ("identity", "sink_window-evict")]
+    identity, evicting = found["results"][:2]
+    assert identity["raw_milliseconds"]["control"] == evicting["raw_milliseconds"]["control"]
+    assert identity["raw_milliseconds"]["patched"] != evicting["raw_milliseconds"]["patched"]
+    assert set(evicting["effect"]) == {"sink_window"} and not identity["effect"]
+    assert done.stdout.count("control") == 3  # two phases, and the line that explains it
+
+
+def test_overhead_refuses_what_it_cannot_measure():
+    done = call(*TINY, "--prose", code=2)
+    assert "the tiny model has no tokenizer" in done.stderr
+    done = call(*TINY, "--plan", "identity", "--plan", "identity", code=2)
+    assert "give plans of different names" in done.stderr
 
 
 def test_overhead_ends_stdout_with_json_and_names_silent_methods():

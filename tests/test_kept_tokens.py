@@ -302,6 +302,16 @@ def test_tokens_that_enter_are_summed_over_batches_and_methods():
     assert prompt.shares == {0: 1.0, 1: 1 - 20 / 250, 2: 1 - 20 / 250, 3: 1 - 30 / 250} and not prompt.drawn
 
 
+def test_tokens_that_attend_are_averaged_over_batches():
+    rows = [
+        row({"m": {"tokens_attending": {"0": 1.0, "2": 0.2}}}),
+        row({"m": {"tokens_attending": {"0": 0.5, "2": 0.4}}}),
+    ]
+    (strip,) = layer_strips(rows, 3)
+    assert strip.shares == {0: 0.75, 2: pytest.approx(0.3)}
+    assert strip.title == "prompt tokens that take part in attention, mean of the batches"
+
+
 def test_key_blocks_are_summed_by_phase():
     first = {"blocks": {"prefill": {"0": [10, 20], "2": [5, 20]}, "decode": {"0": [1, 4]}}, "share_read": {}}
     second = {"blocks": {"prefill": {"0": [60, 60]}}, "share_read": {}}

@@ -18,7 +18,7 @@ from infer_patch.evals.attention_sides import (
     sdpa,
     why_no_flash_attn,
 )
-from infer_patch.evals.cost import MemoryMeter, rotated
+from infer_patch.evals.cost import MemoryMeter, turned
 from infer_patch.evals.overhead import spread, verdict
 from infer_patch.evals.stopwatch import Stopwatch
 from infer_patch.evals.transformers_caches import CacheSide, quantised_sides
@@ -100,7 +100,7 @@ class Rounds:
 
     def round(self, turn: int) -> None:
         """Time every side once; turn 0 warms up."""
-        order = _turned(self.sides, turn)
+        order = turned(self.sides, turn)
         for side in order:
             self._begin(side)
         seconds = self._decode(order) if self.decode else self._prefill(order)
@@ -116,7 +116,7 @@ class Rounds:
         """The first step, which may build what later ones refresh, apart; the others summed, side by side."""
         steps: dict[str, list[tuple[float, float | None]]] = {side.name: [] for side in order}
         for step in range(self.settings.steps + 1):
-            for side in _turned(order, step):
+            for side in turned(order, step):
                 steps[side.name].append(self._timed(side, self.q[:, :, step : step + 1], self.length + step + 1))
         found: dict[str, tuple[float | None, ...]] = {}
         for name, ((first, _), *later) in steps.items():
@@ -203,12 +203,6 @@ class Rounds:
             return None if side.kind == "transformers" else 1.0, None, memory.peak_bytes
         reason = side.choice if isinstance(side.choice, str) else None
         return 1.0 if reason else side.kept_share(), reason, memory.peak_bytes
-
-
-def _turned(sides: list[Side], turn: int) -> list[Side]:
-    """Another order each turn, with other neighbours too: what ran before leaves its traces in the caches."""
-    order = rotated(sides, turn)
-    return order[::-1] if turn % 2 else order
 
 
 def _ratios(seconds: list[float], dense: list[float]) -> list[float]:

@@ -96,6 +96,12 @@ def rotated(names: Sequence[T], turn: int) -> list[T]:
     return [*names[turn:], *names[:turn]]
 
 
+def turned(names: Sequence[T], turn: int) -> list[T]:
+    """Another order each turn, with other neighbours too: what ran before leaves its traces in the caches."""
+    order = rotated(names, turn)
+    return order[::-1] if turn % 2 else order
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """Linear interpolation between the sorted values."""
     ordered = sorted(values)

@@ -1,21 +1,22 @@
-"""What a patch costs in time: unpatched against patched, interleaved, prefill and decode apart.
+"""What patches cost in time: unpatched against patched, interleaved, prefill and decode apart.
 
-Three twins of the model share its weights: one is left alone, one is patched, and the control is left alone too. Every
-round times a prefill and then every decode step on the three, one after the other, in an order that changes from round
-to round through all six permutations. Each prefill and each step gives one ratio to unpatched; a slow spell of the
-machine hits all three and cancels. The control's ratios should be 1: what they differ from it is the noise floor, and a
-verdict finer than that is not given.
+Twins of the model share its weights: one is left alone, the control is left alone too, and each plan patches one. Every
+round times a prefill and then every decode step on all of them, one after the other, in an order that changes from
+round to round (with one plan through all six permutations). Each prefill and each step gives one ratio to unpatched; a
+slow spell of the machine hits all and cancels. The control's ratios should be 1: what they differ from it is the noise
+floor, and a verdict finer than that is not given.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 
 from infer_patch.api import patch
 from infer_patch.errors import PatchError
+from infer_patch.evals.cost import turned
 from infer_patch.plan import Plan
 
 GOAL = 0.02  # the identity plan may cost this share of the time at most
-SIDES = ("unpatched", "patched", "control")
+UNPATCHED, CONTROL = "unpatched", "control"
 PHASES = ("prefill", "decode")
 
 Times = dict[str, list[float]]  # side -> seconds of each measurement
@@ -44,11 +46,11 @@ class Settings:
     new_tokens : int
         Decode steps after each prefill.
     rounds : int
-        Rounds per length, after one for warming up; multiples of six balance the order.
+        Rounds per length, after one for warming up; with one plan, multiples of six balance the order.
     clock : {"wall", "cpu"}
         "cpu" counts the processor time of this process: on a busy CPU it leaves out the wait for a free core.
     seed : int
-        Of the random token ids. All runs of a length read and decode the same ids.
+        Of the tokens. All runs of a length read and decode the same ones.
     """
 
     lengths: tuple[int, ...] = (512, 2048)
@@ -73,9 +75,13 @@ class Settings:
 
 
 def measure(
-    model: nn.Module, plan: Plan, settings: Settings, on_round: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    plans: Sequence[Plan],
+    settings: Settings,
+    on_round: Callable[[int, int], None] | None = None,
+    tokens: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry per length and phase: times, ratios of the patched and the control runs, and a verdict.
+    """One entry per length, phase and plan: times, ratios of the plan and of the control, a verdict, what the plan did.
 
     Parameters
     ----------
@@ -83,12 +89,25 @@ def measure(
         Unpatched; it is not changed.
     on_round : callable, optional
         Called before each round with the number of rounds done and of all.
+    tokens : int64 Tensor [n], optional
+        The text to read and then decode from its start, instead of random token ids.
+
+    Raises
+    ------
+    PatchError
+        Before anything is timed: for plans of one name, for lengths beyond the context of the model or the text, and
+        for a clock that cannot see the device.
     """
-    _check_context(model, max(settings.lengths) + settings.new_tokens)
+    needed = max(settings.lengths) + settings.new_tokens
+    _check_context(model, needed)
     if settings.clock == "cpu" and next(model.parameters()).device.type != "cpu":
         raise PatchError("the cpu clock does not see the work of a GPU; measure with clock wall.")
-    twins = {side: _twin(model) for side in SIDES}
-    goal = None if plan.methods else GOAL
+    if tokens is not None and tokens.numel() < needed:
+        raise PatchError(f"the text has {tokens.numel()} tokens, {needed} are needed.")
+    names = [plan.name for plan in plans]
+    if not names or len({UNPATCHED, CONTROL, *names}) < len(names) + 2:
+        raise PatchError(f"give plans of different names, none {UNPATCHED!r} or {CONTROL!r}; got {', '.join(names)}")
+    twins = {side: _twin(model) for side in (UNPATCHED, *names, CONTROL)}
     done = itertools.count()
 
     def tick() -> None:
@@ -96,15 +115,18 @@ def measure(
             on_round(next(done), settings.all_rounds)
 
     results = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore", UserWarning)  # a method that never fired is in the result
-        with patch(twins["patched"], plan) as handle:
-            for length in settings.lengths:
-                times = _rounds(twins, length, settings, tick)
-                silent = handle.report(reset=True).silent
-                for phase in PHASES:
-                    result = {"length": length, "phase": phase, **summarise(times[phase], goal), "never_fired": silent}
-                    results.append(result)
+        handles = {plan.name: stack.enter_context(patch(twins[plan.name], plan)) for plan in plans}
+        for length in settings.lengths:
+            times = _rounds(twins, length, settings, tokens, tick)
+            reports = {name: handle.report(reset=True) for name, handle in handles.items()}
+            for phase, plan in itertools.product(PHASES, plans):
+                goal = None if plan.methods else GOAL
+                result = {"length": length, "phase": phase, "plan": plan.name}
+                result |= summarise(times[phase], plan.name, goal)
+                report = reports[plan.name]
+                results.append({**result, "never_fired": report.silent, "effect": report.methods})
     return results
 
 
@@ -115,18 +137,21 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _rounds(twins: dict[str, nn.Module], length: int, settings: Settings, tick: Callable[[], None]) -> dict[str, Times]:
+def _rounds(
+    twins: dict[str, nn.Module], length: int, settings: Settings, tokens: Tensor | None, tick: Callable[[], None]
+) -> dict[str, Times]:
     """Seconds per phase and side; calls `tick` before each round."""
-    ids = _random_ids(twins["unpatched"], length + settings.new_tokens, settings.seed)
+    ids = _random_ids(twins[UNPATCHED], length + settings.new_tokens, settings.seed)
+    if tokens is not None:
+        ids = tokens[None, : ids.shape[1]].to(ids)
     now = _clock(settings.clock, ids.device)
-    times: dict[str, Times] = {phase: {side: [] for side in SIDES} for phase in PHASES}
-    orders = itertools.cycle(itertools.permutations(SIDES))
-    for number, order in enumerate([SIDES, *itertools.islice(orders, settings.rounds)]):
+    times: dict[str, Times] = {phase: {side: [] for side in twins} for phase in PHASES}
+    for number in range(settings.rounds + 1):
         tick()
-        caches: dict[str, Any] = dict.fromkeys(SIDES)
+        caches: dict[str, Any] = dict.fromkeys(twins)
         for position in [0, *range(length, length + settings.new_tokens)]:
             phase, stop = ("decode", position + 1) if position else ("prefill", length)
-            for side in order:
+            for side in turned(list(twins), number):
                 begin = now()
                 output = twins[side](
                     input_ids=ids[:, position:stop], past_key_values=caches[side], use_cache=True, logits_to_keep=1
@@ -138,16 +163,17 @@ def _rounds(twins: dict[str, nn.Module], length: int, settings: Settings, tick: 
     return times
 
 
-def summarise(seconds: Times, goal: float | None) -> dict[str, Any]:
-    """Milliseconds of every side and ratios to unpatched, measurement by measurement."""
-    ratios = {side: [t / u for t, u in zip(seconds[side], seconds["unpatched"])] for side in ("patched", "control")}
-    milliseconds = {side: [1000 * t for t in seconds[side]] for side in SIDES}
+def summarise(seconds: Times, plan: str, goal: float | None) -> dict[str, Any]:
+    """Milliseconds of one plan, unpatched and the control, and ratios to unpatched, measurement by measurement."""
+    sides = {UNPATCHED: seconds[UNPATCHED], "patched": seconds[plan], CONTROL: seconds[CONTROL]}
+    ratios = {side: [t / u for t, u in zip(sides[side], sides[UNPATCHED])] for side in ("patched", CONTROL)}
+    milliseconds = {side: [1000 * t for t in values] for side, values in sides.items()}
     return {
-        "measurements": len(seconds["unpatched"]),
+        "measurements": len(sides[UNPATCHED]),
         "milliseconds": {side: spread(values, 3) for side, values in milliseconds.items()},
         "ratio": {side: spread(values, 4) for side, values in ratios.items()},
-        "ratio_of_sums": {side: round(sum(seconds[side]) / sum(seconds["unpatched"]), 4) for side in ratios},
-        "verdict": verdict(ratios["patched"], ratios["control"], goal),
+        "ratio_of_sums": {side: round(sum(sides[side]) / sum(sides[UNPATCHED]), 4) for side in ratios},
+        "verdict": verdict(ratios["patched"], ratios[CONTROL], goal),
         "raw_milliseconds": {side: [round(t, 3) for t in values] for side, values in milliseconds.items()},
     }
 

@@ -25,11 +25,12 @@ class Strip:
 def layer_strips(samples: Sequence[EvalSample], layers: int) -> list[Strip]:
     """Strips of one plan, from the rows that it answered.
 
-    Tokens that enter a layer (prefill, plans that drop visual tokens), causal key blocks that attention reads (prefill
-    and decode apart), and tokens that the cache holds at the end.
+    Tokens that enter a layer (prefill, plans that drop visual tokens), tokens of those that take part in attention,
+    causal key blocks that attention reads (prefill and decode apart), and tokens that the cache holds at the end.
     """
     effects = [s["effect"] for s in samples if s["effect"] is not None]
-    return [*_entering(effects, layers, sum(s["prompt_tokens"] for s in samples)), *_read(effects), *_held(effects)]
+    entering = _entering(effects, layers, sum(s["prompt_tokens"] for s in samples))
+    return [*entering, *_attending(effects), *_read(effects), *_held(effects)]
 
 
 def _entering(effects: Sequence[Mapping[str, Any]], layers: int, prompt_tokens: int) -> list[Strip]:
@@ -53,6 +54,16 @@ def _entering(effects: Sequence[Mapping[str, Any]], layers: int, prompt_tokens: 
         Strip("visual tokens that enter, prefill", visual),
         Strip("prompt tokens that enter, prefill", prompt, drawn=False),
     ]
+
+
+def _attending(effects: Sequence[Mapping[str, Any]]) -> list[Strip]:
+    shares: dict[int, list[float]] = {}
+    for effect in effects:
+        for figures in effect["methods"].values():
+            for layer, share in figures.get("tokens_attending", {}).items():
+                shares.setdefault(int(layer), []).append(share)
+    means = {layer: sum(values) / len(values) for layer, values in sorted(shares.items())}
+    return [Strip("prompt tokens that take part in attention, mean of the batches", means)] if means else []
 
 
 def _read(effects: Sequence[Mapping[str, Any]]) -> list[Strip]:
