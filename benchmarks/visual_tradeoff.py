@@ -246,8 +246,9 @@ def comparisons(found: Evaluation, rows: Sequence[dict[str, Any]]) -> list[str]:
 
     lines = []
     for share in SHARES:
-        ours = f"p_sigmoid {share:g}"
-        lines += [compared(ours, f"{k} {share:g}") for k in ("fastv", "linear", "random") if ours in names]
+        for ours, others in (("p_sigmoid", ("fastv", "linear", "random")), ("vtc_cls", ("fastv", "random"))):
+            one = f"{ours} {share:g}"
+            lines += [compared(one, f"{other} {share:g}") for other in others if one in names]
     searched = [row["plan"] for row in rows if row["kind"] == "g_search"]
     lines += [compared(plan, plan.replace("g_search", "g_search at random")) for plan in searched]
     fixed = [row for row in rows if row["kind"] == "fixed exit"]
@@ -305,6 +306,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         if row["accuracy"] > best:
             best = row["accuracy"]
             front.append((100 * row["work"], 100 * best))
+    front.append((100 * max(row["work"] for row in rows), 100 * best))
     label = "Pareto front (best for its work)"
     axes.step(*zip(*front), where="post", color="0.8", linewidth=7, solid_joinstyle="round", label=label, zorder=0)
     kinds = dict.fromkeys(row["kind"] for row in rows)
