@@ -58,7 +58,7 @@ class Sizes:
     layers: int = 8
     image: int = 336
     tower_hidden: int = 64
-    tower_layers: int = 3
+    tower_layers: int = 2
     text: int = 60
     vocab: int = 1024
     pictures: tuple[int, ...] = (1, 5)
