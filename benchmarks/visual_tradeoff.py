@@ -38,6 +38,7 @@ from infer_patch.pruning import LayerPruning
 LAYER = 2  # where fastv and random drop, and the first layer that schedules may shorten
 SHARES = (0.5, 0.25, 0.125, 0.0625)  # of the visual tokens, from LAYER on
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+CONTROLS = ("random", "g_search at random", "unpatched")  # drawn in grey
 NEAR = 0.01  # of the visual tokens: so many fewer than random's are compared with it all the same
 
 
@@ -245,8 +246,9 @@ def comparisons(found: Evaluation, rows: Sequence[dict[str, Any]]) -> list[str]:
 
     lines = []
     for share in SHARES:
-        ours = f"p_sigmoid {share:g}"
-        lines += [compared(ours, f"{k} {share:g}") for k in ("fastv", "linear", "random") if ours in names]
+        for ours, others in (("p_sigmoid", ("fastv", "linear", "random")), ("vtc_cls", ("fastv", "random"))):
+            one = f"{ours} {share:g}"
+            lines += [compared(one, f"{other} {share:g}") for other in others if one in names]
     searched = [row["plan"] for row in rows if row["kind"] == "g_search"]
     lines += [compared(plan, plan.replace("g_search", "g_search at random")) for plan in searched]
     fixed = [row for row in rows if row["kind"] == "fixed exit"]
@@ -265,6 +267,7 @@ def as_text(rows: Sequence[dict[str, Any]], lines: Sequence[str]) -> str:
         "mean kept",
         "kept at the end",
         "work (F1)",
+        "time to first token",
         "accuracy",
         "F1",
         "yes",
@@ -277,9 +280,12 @@ def as_text(rows: Sequence[dict[str, Any]], lines: Sequence[str]) -> str:
         against = f"{100 * change['difference']:+.1f} (p {change['p_value']:.2g})" if change else "-"
         chosen = row["kind"] not in ("random", "unpatched", "g_search at random")
         loses = chosen and control is not None and row["accuracy"] < control
+        first = row["first_token_ratio"]
         cells = [
             row["plan"],
-            *(f"{100 * row[name]:.1f} %" for name in ("mean_kept", "last_kept", "work", "accuracy", "f1", "yes_ratio")),
+            *(f"{100 * row[name]:.1f} %" for name in ("mean_kept", "last_kept", "work")),
+            "-" if first is None else f"{first:.2f} x",
+            *(f"{100 * row[name]:.1f} %" for name in ("accuracy", "f1", "yes_ratio")),
             against,
             "-" if control is None else f"{100 * control:.1f} %" + (", **random is better**" if loses else ""),
         ]
@@ -294,19 +300,23 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for number, kind in enumerate(dict.fromkeys(row["kind"] for row in rows)):
-        points = sorted((100 * row["work"], 100 * row["accuracy"]) for row in rows if row["kind"] == kind)
-        axes.plot(*zip(*points), marker="os^vDPX*<>"[number % 10], label=kind, linewidth=1)
-    best = -1.0
-    front = []
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    best, front = -1.0, []
     for row in sorted(rows, key=lambda r: (r["work"], -r["accuracy"])):
         if row["accuracy"] > best:
             best = row["accuracy"]
             front.append((100 * row["work"], 100 * best))
-    axes.step(*zip(*front), where="post", color="0.6", linewidth=4, alpha=0.4, label="best for its work", zorder=0)
+    front.append((100 * max(row["work"] for row in rows), 100 * best))
+    label = "Pareto front (best for its work)"
+    axes.step(*zip(*front), where="post", color="0.8", linewidth=7, solid_joinstyle="round", label=label, zorder=0)
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    for number, kind in enumerate(sorted(kinds, key=lambda kind: kind in CONTROLS)):
+        points = sorted((100 * row["work"], 100 * row["accuracy"]) for row in rows if row["kind"] == kind)
+        control = {"color": "0.35", "linestyle": ":"} if kind in CONTROLS else {}
+        axes.plot(*zip(*points), marker="osD^vPX<>*"[number % 10], label=kind, linewidth=1, markersize=5, **control)
     axes.set(xlabel="work of the decoder in prefill, % of unpatched (F1)", ylabel="accuracy, %")
-    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -11,6 +11,7 @@ from infer_patch.errors import UnsupportedCallError
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention
 from infer_patch.kernels.dense_attention import dense_attention
+from infer_patch.kernels.hidden_keys import HiddenKeys, hidden_keys_attention
 from infer_patch.kernels.subset_attention import BLOCK, TokenSubset, subset_attention
 from infer_patch.method import Runtime
 from infer_patch.run import AttentionCall, LayerInputs, index_of
@@ -115,16 +116,20 @@ def _sparse(runtime: Runtime, inputs: LayerInputs, mask: Any, kwargs: dict[str, 
     return output.transpose(1, 2).contiguous()
 
 
-def _attention(call: AttentionCall, choice: BlockMask | TokenSubset | str) -> Tensor:
+def _attention(call: AttentionCall, choice: BlockMask | TokenSubset | HiddenKeys | str) -> Tensor:
     """[b, H, T, D] of one call."""
     if isinstance(choice, BlockMask):
         return block_sparse_attention(call.q, call.k, call.v, choice, call.scale)
     if isinstance(choice, TokenSubset):
         return subset_attention(call.q, call.k, call.v, choice, call.scale)
+    if isinstance(choice, HiddenKeys):
+        return hidden_keys_attention(call.q, call.k, call.v, choice, call.scale)
     return dense_attention(call.q, call.k, call.v, call.scale)
 
 
-def _count(name: str, layer: int, call: AttentionCall, choice: BlockMask | TokenSubset | str, stats: Stats) -> None:
+def _count(
+    name: str, layer: int, call: AttentionCall, choice: BlockMask | TokenSubset | HiddenKeys | str, stats: Stats
+) -> None:
     if isinstance(choice, str):
         stats.dense(name, choice)
         return
@@ -132,6 +137,8 @@ def _count(name: str, layer: int, call: AttentionCall, choice: BlockMask | Token
     if isinstance(choice, TokenSubset):
         sizes = BLOCK, BLOCK
         stats.attended(name, layer, sum(choice.counts), batch * keys)
+    elif isinstance(choice, HiddenKeys):
+        sizes = BLOCK, BLOCK
     else:
         sizes = choice.block_q, choice.block_k
     causal = causal_blocks(call.q.shape[2], keys + call.evicted, *sizes)

@@ -75,7 +75,7 @@ class Engine:
     def _by_port(self, port: str) -> dict[int, list[Runtime]]:
         served: dict[int, list[Runtime]] = {}
         for method, layers, runtime in self.methods:
-            for layer in layers if port in method.active_ports() else ():
+            for layer in method.layers_of(port, layers, self.parts) if port in method.active_ports() else ():
                 served.setdefault(layer, []).append(runtime)
         return served
 

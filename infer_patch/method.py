@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from infer_patch.cache import IndexedLayer
     from infer_patch.families import ModelParts
     from infer_patch.kernels.block_mask import BlockMask
+    from infer_patch.kernels.hidden_keys import HiddenKeys
     from infer_patch.kernels.subset_attention import TokenSubset
     from infer_patch.run import AttentionCall
     from infer_patch.tokens import Tokens
@@ -75,6 +76,10 @@ class Method:
     def active_ports(self) -> tuple[str, ...]:
         """The ports this configuration uses (some options add one)."""
         return self.ports
+
+    def layers_of(self, port: str, layers: tuple[int, ...], parts: ModelParts) -> tuple[int, ...]:
+        """Those of the layers it acts on in which it uses one of its ports; all of them unless a method says else."""
+        return layers
 
     def keeps_packed(self) -> bool:
         """Whether its cache layers hold keys in a form that no other method can read."""
@@ -158,10 +163,11 @@ class Runtime:
     def reduce(self, layer: int, tokens: Tokens) -> torch.Tensor | None:
         """Which tokens enter `layer`: bool [B, T] over the tokens of this call, or None for all."""
 
-    def select(self, layer: int, call: AttentionCall) -> BlockMask | TokenSubset | str:
+    def select(self, layer: int, call: AttentionCall) -> BlockMask | TokenSubset | HiddenKeys | str:
         """The key blocks each query block reads, or the reason (a short text) to run dense instead.
 
-        A call whose queries are all its keys may also be answered with the tokens that take part in it.
+        A call whose queries are all its keys may also be answered with the tokens that take part in it, and any call
+        with keys that some heads do not read.
         """
         raise TypeError(f"{type(self).__name__} has no select port")
 

@@ -76,6 +76,13 @@ def keep_counts(scores: Tensor, tokens: Tokens, counts: Callable[[Tensor], Tenso
     return keep
 
 
+def with_whole_prompt(tokens: Tokens) -> Tensor:
+    """bool [B]: samples with pictures here, and text behind them (else the prompt is not complete)."""
+    image = cast(Tensor, tokens.image)
+    complete = image.gather(1, tokens.last_index[:, None])[:, 0] < 0
+    return complete & (image >= 0).any(1)
+
+
 def random_scores(tokens: Tokens, seed: int) -> Tensor:
     """A uniform draw for each place among the visual tokens of a sample, [B, T]: the same alone and in a batch."""
     draw = torch.rand(tokens.length, generator=torch.Generator().manual_seed(seed))

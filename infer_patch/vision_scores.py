@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from infer_patch.installation import Installation
     from infer_patch.method import Runtime
 
+_FEATURE_LAYER = "vision_feature_layer"
 _ATTRIBUTE = "_infer_patch_encoded"  # of the model output that carries features
 _MODALITIES = {
     "image": ("get_image_features", ("image_token_id", "image_token_index"), "image_grid_thw"),
@@ -66,6 +67,8 @@ class _Recording:
     asked: dict[int, list[Runtime]]
     seen: dict[tuple[Runtime, str], dict[int, list[Tensor]]] = field(default_factory=dict)
     pack: dict[str, Any] | None = None  # arguments of the model's `pack_image_features`
+    last: int | None = None  # the last block that features pass through, where that is sure
+    plain: bool = False  # did the block before return its hidden states and nothing else?
 
 
 class _Thread(threading.local):
@@ -92,6 +95,10 @@ class Recorder:
                 return TowerPort(self, block, dense)
 
             installation.add_tower_port(module, port)
+        for block, module in enumerate(self.tower.modules):
+            if "forward" not in vars(module):  # it is where weights are fetched from elsewhere (accelerate)
+                forward = InstanceMethod(module, "forward", self._run_block, str(block))
+                installation.add_method(module, "forward", forward)
         owner = self.tower.owner
         for modality, (name, _, _) in _MODALITIES.items():
             if hasattr(type(owner), name):
@@ -126,12 +133,13 @@ class Recorder:
         if thread.recording is not None:  # videos encoded by way of `get_image_features` (Qwen3-VL)
             return method(*args, **kwargs)
         bound = inspect.signature(method).bind(*args, **kwargs)
-        last = self.tower.feature_block(self._argument(bound, "vision_feature_layer"))
+        last = self.tower.feature_block(self._argument(bound, _FEATURE_LAYER))
         asked: dict[int, list[Runtime]] = {}
         for runtime in self.runtimes:
             for block in runtime.encoder_blocks(last):
                 asked.setdefault(block, []).append(runtime)
-        thread.recording = recording = _Recording(asked)
+        known = _FEATURE_LAYER in bound.signature.parameters  # else a setting of this name may mean nothing
+        thread.recording = recording = _Recording(asked, last=max(last, *asked, 0) if known else None)
         try:
             output = method(*args, **kwargs)
         finally:
@@ -145,6 +153,17 @@ class Recorder:
         if encoded is not None and len(encoded.tile) == tokens:  # else the layout is not known: `scores` refuses
             thread.encoded[modality] = encoded
             object.__setattr__(output, _ATTRIBUTE, encoded)
+        return output
+
+    def _run_block(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block of the encoder: left out behind the one that the features come from."""
+        recording = self._thread.recording
+        if recording is None:
+            return forward(*args, **kwargs)
+        if recording.last is not None and int(block) > recording.last and recording.plain:
+            return args[0] if args else kwargs["hidden_states"]
+        output = forward(*args, **kwargs)
+        recording.plain = isinstance(output, Tensor)
         return output
 
     def _see_packing(self, _: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,8 @@ class VisionTower:
         Whether the first of them is a CLS token.
     whole : tuple of int
         Blocks in which every patch sees the whole picture (some of Qwen2.5-VL see windows).
+    modules : tuple of nn.Module
+        The blocks themselves.
     """
 
     owner: Any
@@ -45,6 +47,7 @@ class VisionTower:
     leading: int
     has_cls: bool
     whole: tuple[int, ...]
+    modules: tuple[nn.Module, ...]
 
     @property
     def blocks(self) -> int:
@@ -138,18 +141,18 @@ def find_vision_tower(parts: ModelParts) -> VisionTower:
                 f"{kind} resamples its pictures ({type(module).__name__}): its visual tokens stand for no place of the "
                 "vision encoder, which could tell what they are worth."
             )
-    found = []
+    found: list[tuple[str, tuple[nn.Module, ...], tuple[nn.Module, ...]]] = []
     for name, module in seeing:
         attentions = [_attentions(block) for block in module] if isinstance(module, nn.ModuleList) else []
         if attentions and all(len(a) == 1 for a in attentions):
-            found.append((name, tuple(a[0] for a in attentions)))
+            found.append((name, tuple(a[0] for a in attentions), tuple(module)))
     if len(found) != 1:
-        places = ", ".join(name for name, _ in found) or "none"
+        places = ", ".join(name for name, _, _ in found) or "none"
         raise UnsupportedModelError(
             f"{kind}: looked for one list of vision blocks, each with one attention that calls transformers' registry; "
             f"found {places}."
         )
-    name, attentions_found = found[0]
+    name, attentions_found, modules = found[0]
     tower = owner.get_submodule(name.split(".")[0])
     parameters = {path.rsplit(".", 1)[-1]: value for path, value in tower.named_parameters()}
     has_cls = any(cls in parameters for cls in _CLS)
@@ -162,6 +165,7 @@ def find_vision_tower(parts: ModelParts) -> VisionTower:
         leading=int(has_cls) + registers,
         has_cls=has_cls,
         whole=tuple(blocks if whole is None else sorted(i % len(blocks) for i in whole)),
+        modules=modules,
     )
 
 

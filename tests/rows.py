@@ -10,6 +10,7 @@ from infer_patch.patches import (
     ACT,
     VAR,
     VTCCLS,
+    YOPO,
     DyVTE,
     Envelope,
     FastV,
@@ -41,6 +42,7 @@ STAGES = HiP(
 # prompts of the miniatures are short, and their random weights read all tokens alike
 ZIP = dict(tau=0.7, dense_below=128, recent=48, window=32, group=32, recent_probes=16, random_probes=16)
 
+BLIND = ("1-0", "1-3", "2-0", "2-1", "2-2", "2-3")  # some and all heads of a layer, one and both of a key head
 HEADS = ((1, 0), (1, 3), (2, 1), (2, 2), (3, 0))  # alone and both of a key head
 KEEN = dict(threshold=2.0, threshold_mode="relative")  # random weights have no sinks worth the name
 WHOLE = dict(chunkable=False, draftable=False, patient=False)
@@ -125,6 +127,9 @@ ROWS = [
     Row("var-none", (VAR(dims=(3, 17)),), vision=True, neutral=True, fires=False),  # phi is at most 8 in miniatures
     Row("fastv+act", (FastV(layer=1), ACT(heads=HEADS, **KEEN)), vision=True),
     Row("fastv+var", (FastV(layer=1, drop_ratio=0.25), SINKS), vision=True),
+    Row("yopo", (YOPO(blind=BLIND, cut_layer=3),), vision=True),
+    Row("yopo-exact", (YOPO(blind=BLIND, cut_layer=4, mode="exact"),), vision=True),
+    Row("yopo-none", (YOPO(cut_layer=4),), vision=True, neutral=True, fires=False),
     Row("vtc_cls", (VTCCLS(drop_ratio=0.5),), vision=True),
     Row("vtc_cls-keep", (VTCCLS(tokens=3, ensemble_k=1, positions="keep"),), vision=True),
     Row("vtc_cls-all", (VTCCLS(tokens=999),), vision=True, neutral=True, fires=False),

@@ -154,6 +154,26 @@ def test_who_judges(family, query):
         FastV(query="first")
 
 
+def test_a_conversation_read_anew_is_judged_by_its_newest_question():
+    """What the page says in place of `keep_full_cache`; on the cache of the first turn nothing comes back."""
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1,), text=[(5, 6)], seed=2)
+    first, method = inputs["input_ids"].shape[1], FastV(layer=2, drop_ratio=0.75)
+    more = torch.randint(8, 128, (1, 9), generator=torch.Generator().manual_seed(5))
+    anew = dict(inputs, input_ids=torch.cat([inputs["input_ids"], more], 1))
+    anew["attention_mask"] = torch.ones_like(anew["input_ids"])
+    before, _ = kept_tokens(model, inputs, method)
+    after, _ = kept_tokens(model, anew, method)
+    assert not torch.equal(before, after[:, :first]) and before.sum() == after[:, :first].sum()
+    with infer_patch.patch(model, method), torch.no_grad():
+        cache = model(**inputs).past_key_values
+        model(input_ids=more, attention_mask=anew["attention_mask"], past_key_values=cache)
+        held = cache.layers[2].positions()[0]
+    assert held[held < first].tolist() == before[0].nonzero()[:, 0].tolist()
+    with pytest.raises(PlanError, match="fastv has no option keep_full_cache"):
+        infer_patch.Plan.from_yaml("methods: [{method: fastv, keep_full_cache: true}]")
+
+
 def test_survivors_keep_their_positions():
     mini = MINIATURES["llava"]
     model, inputs, seen = mini.build(), vision_inputs(mini, images=(1,), seed=2), {}

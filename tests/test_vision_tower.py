@@ -171,8 +171,54 @@ def test_features_and_hidden_states_of_the_encoder_do_not_change(family):
     assert list(plain.keys()) == list(patched.keys())
     for a, b in zip(plain.pooler_output, patched.pooler_output):
         assert torch.equal(a, b)
-    assert torch.equal(plain.last_hidden_state, patched.last_hidden_state)
+    if family in ("llava", "llava_next"):  # the last block is left out: features come from the one before it
+        assert torch.equal(plain.hidden_states[-2], patched.last_hidden_state)
+        assert len(plain.hidden_states) == len(patched.hidden_states)
+        for a, b in zip(plain.hidden_states[:-1], patched.hidden_states[:-1]):
+            assert b is None if a is None else torch.equal(a, b)  # newer transformers keep what is asked for only
+    else:
+        assert torch.equal(plain.last_hidden_state, patched.last_hidden_state)
     assert "get_image_features" not in vars(model.model)
+    blocks = find_vision_tower(describe(model)).modules
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+@pytest.mark.parametrize("layer, unused", [(-1, 0), (-2, 1), (1, 2), ([1, 2], 1)])
+def test_blocks_behind_the_features_do_not_run(layer, unused):
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2), seed=3)
+    model.config.vision_feature_layer = layer
+    if isinstance(layer, list):  # features of both layers side by side
+        first = model.model.multi_modal_projector.linear_1
+        model.model.multi_modal_projector.linear_1 = nn.Linear(2 * first.in_features, first.out_features)
+    ran = []
+    for number, block in enumerate(find_vision_tower(describe(model)).modules):
+        block.mlp.register_forward_hook(lambda m, a, o, number=number: ran.append(number))
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]  # rows of padding hold anything
+        assert ran == [0, 1, 2]
+        ran.clear()
+        with infer_patch.patch(model, VTCCLS(tokens=999)):
+            assert torch.equal(model(**inputs).logits[:, -1], expected)
+            assert ran == [0, 1, 2][: 3 - unused]
+            ran.clear()
+            model.generate(**inputs, **GREEDY)
+            assert ran == [0, 1, 2][: 3 - unused]
+            ran.clear()
+            with infer_patch.patch(mini.build(), VTCCLS()):  # of another model: this one is not concerned
+                model.model.vision_tower(inputs["pixel_values"])
+            assert ran == [0, 1, 2]  # asked directly, the encoder is whole
+
+
+def test_a_block_with_a_forward_of_its_own_runs():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1,), seed=3)
+    blocks, ran = find_vision_tower(describe(model)).modules, []
+    blocks[-1].mlp.register_forward_hook(lambda m, a, o: ran.append(1))
+    blocks[-1].forward = blocks[-1].forward  # accelerate fetches weights in one
+    with infer_patch.patch(model, VTCCLS()), torch.no_grad():
+        model(**inputs)
+    assert ran == [1]
 
 
 def test_copies_of_a_patched_model_record_for_themselves():

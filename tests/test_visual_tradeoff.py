@@ -50,9 +50,11 @@ def test_the_table_says_where_random_is_better(script):
     assert [script.interpolated(points, x) for x in (0.2, 0.4, 0.8)] == pytest.approx([0.5, 0.7, 0.95])
     assert script.interpolated(points, 0.1) is None and script.interpolated(points, 0.195) == 0.5
     common = {"last_kept": 0.1, "work": 0.5, "f1": 0.8, "yes_ratio": 0.5, "mean_kept": 0.4, "random_accuracy": 0.7}
+    common["first_token_ratio"] = 0.625
     change = {"difference": -0.1, "p_value": 0.01}
     rows = [
-        {"plan": "unpatched", "kind": "unpatched", "accuracy": 0.9, "paired": None, **common, "random_accuracy": None},
+        {"plan": "unpatched", "kind": "unpatched", "accuracy": 0.9, "paired": None, **common, "random_accuracy": None}
+        | {"first_token_ratio": None},
         {"plan": "fastv 0.5", "kind": "fastv", "accuracy": 0.6, "paired": change, **common},
         {"plan": "dyvte 0.5", "kind": "dyvte", "accuracy": 0.8, "paired": change, **common},
     ]
@@ -61,6 +63,8 @@ def test_the_table_says_where_random_is_better(script):
     assert "**random is better**" in lines["fastv 0.5"] and "random is better" not in lines["dyvte 0.5"]
     assert "-10.0 (p 0.01)" in lines["fastv 0.5"] and table[-1] == "- a against b"
     assert table[2].startswith("| unpatched")
+    column = table[0].split(" | ").index("time to first token")
+    assert [line.split(" | ")[column] for line in table[2:5]] == ["-", "0.62 x", "0.62 x"]
 
 
 def test_the_plot(script, tmp_path):

@@ -27,6 +27,7 @@ from infer_patch.errors import PatchError, PlanError
 from infer_patch.evals.stopwatch import Stopwatch
 from infer_patch.families import ModelParts, describe
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
+from infer_patch.kernels.hidden_keys import HiddenKeys
 from infer_patch.kernels.subset_attention import TokenSubset
 from infer_patch.plan import Plan
 from infer_patch.run import Run
@@ -116,7 +117,7 @@ class PlanSide(Side):
         super().__init__(plan.name)
         self.engine = Engine(parts, plan)
         self.layer = _layer(self.engine, plan, layer)
-        self.choice: BlockMask | TokenSubset | str | None = None
+        self.choice: BlockMask | TokenSubset | HiddenKeys | str | None = None
         self.selection: list[tuple[Any, Any]] = []
         self._watch = watch
         self._run: Run | None = None
@@ -159,7 +160,7 @@ class _Timed:
     def __init__(self, side: PlanSide, runtime: Any):
         self._side, self._runtime = side, runtime
 
-    def select(self, layer: int, call: Any) -> BlockMask | TokenSubset | str:
+    def select(self, layer: int, call: Any) -> BlockMask | TokenSubset | HiddenKeys | str:
         begin = self._side._watch.mark()
         self._side.choice = choice = self._runtime.select(layer, call)
         self._side.selection.append((begin, self._side._watch.mark()))

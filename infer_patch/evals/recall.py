@@ -26,6 +26,7 @@ from infer_patch.evals.attention_mass import block_mass, listed_mass, lists_of, 
 from infer_patch.evals.budgets import BLOCK, always_sparse, with_budget
 from infer_patch.families import ModelParts, describe
 from infer_patch.kernels.block_mask import BlockMask
+from infer_patch.kernels.hidden_keys import HiddenKeys
 from infer_patch.kernels.subset_attention import TokenSubset
 from infer_patch.method import Method, Runtime
 from infer_patch.plan import Plan
@@ -175,12 +176,12 @@ class _Look:
     def __call__(self, layer: int, call: AttentionCall) -> None:
         choices: dict[Row, BlockMask] = {}
         for row, runtimes in self.rows.items():
-            reason: BlockMask | TokenSubset | str = "the plan leaves this layer dense"
+            reason: BlockMask | TokenSubset | HiddenKeys | str = "the plan leaves this layer dense"
             if layer in runtimes:
                 reason = runtimes[layer].select(layer, replace(call, state={}))
             if isinstance(reason, BlockMask):
                 choices[row] = reason
-            elif isinstance(reason, TokenSubset):
+            elif isinstance(reason, (TokenSubset, HiddenKeys)):
                 self.figures.dense.setdefault(row, {})[layer] = "the plan gathers tokens and lists no blocks"
             else:
                 self.figures.dense.setdefault(row, {})[layer] = reason

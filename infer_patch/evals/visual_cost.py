@@ -17,3 +17,12 @@ def cost_ratio(counts: Sequence[float], text: float, visual: float, hidden: int,
     """
     full = layer_macs(text + visual, hidden, intermediate) * len(counts)
     return sum(layer_macs(text + count, hidden, intermediate) for count in counts) / full
+
+
+def causal_ratio(counts: Sequence[float], text: float, visual: float, hidden: int, intermediate: int) -> float:
+    """The same share for a decoder with a gated MLP (three matrices) whose attention skips what lies ahead."""
+
+    def macs(n: float) -> float:
+        return 4 * n * hidden**2 + n**2 * hidden + 3 * n * hidden * intermediate
+
+    return sum(macs(text + count) for count in counts) / (macs(text + visual) * len(counts))

@@ -16,12 +16,14 @@ from infer_patch.patches.sink_window import SinkWindow
 from infer_patch.patches.var import VAR
 from infer_patch.patches.vertical_slash import VerticalSlash
 from infer_patch.patches.vtc_cls import VTCCLS
+from infer_patch.patches.yopo import YOPO
 from infer_patch.patches.zipvl import ZipVL
 
 __all__ = [
     "ACT",
     "VAR",
     "VTCCLS",
+    "YOPO",
     "DyVTE",
     "Envelope",
     "FastV",

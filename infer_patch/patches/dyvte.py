@@ -15,6 +15,7 @@ from torch import Tensor
 from infer_patch.artifacts import load_artifact
 from infer_patch.errors import ArtifactError, UnsupportedModelError
 from infer_patch.method import Method, Runtime, option, register
+from infer_patch.pruning import with_whole_prompt
 
 FEATURES = "text_mean+last"
 
@@ -193,15 +194,9 @@ def load_gates(path: str, model: Any) -> dict[int, tuple[Tensor, Tensor]]:
     return gates
 
 
-def _asked(tokens: Any) -> Tensor:
-    """bool [B]: samples with pictures whose prompt goes on behind them (else it is not complete)."""
-    complete = tokens.image.gather(1, tokens.last_index[:, None])[:, 0] < 0
-    return complete & (tokens.image >= 0).any(1)
-
-
 class _Fixed(Runtime):
     def reduce(self, layer: int, tokens: Any) -> Tensor | None:
-        return (tokens.image < 0) | ~_asked(tokens)[:, None]
+        return (tokens.image < 0) | ~with_whole_prompt(tokens)[:, None]
 
 
 class _Gated(Runtime):
@@ -227,7 +222,11 @@ class _Gated(Runtime):
         left = left.to(hidden.device)
         features = gate_features(hidden, image >= 0, tokens.last_index.to(hidden.device))
         w1, w2 = (w.to(hidden.device) for w in self.gates[layer - 1])
-        now = fires(gate_logits(features, w1, w2), self.config.threshold) & _asked(tokens).to(hidden.device) & ~left
+        now = (
+            fires(gate_logits(features, w1, w2), self.config.threshold)
+            & with_whole_prompt(tokens).to(hidden.device)
+            & ~left
+        )
         tokens.shared[self] = left | now
         tokens.shared[self, layer] = bool(now.any())
 
