@@ -146,7 +146,7 @@ class LayerInputs:
                 scale=self.scale,
                 samples=samples,
                 tokens=self.run.tokens,
-                positions=self._positions(here, start, stop, len(samples)),
+                positions=self._positions(here, start, stop),
                 evicted=gone,
                 state={} if held is None else held.state.setdefault((start, *samples), {}),
                 notes={} if held is None else held.notes,
@@ -155,9 +155,9 @@ class LayerInputs:
                 ordered=self.ordered,
             )
 
-    def _positions(self, here: Any, start: int, stop: int, samples: int) -> Tensor:
+    def _positions(self, here: Any, start: int, stop: int) -> Tensor:
         if self.view.positions is None:
-            return torch.arange(start, stop, device=self.k.device).expand(samples, -1)
+            return self.run.every_row(self.k.shape[2])[0][here, start:stop].to(self.k.device)
         return self.view.positions[here, start:stop]
 
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from infer_patch.kernels import row_attention as rows_of
 
 # c_i above which o_i, in this precision, is too coarse to be multiplied by it: such rows are computed afresh
-_LARGEST_FACTOR = {torch.float32: 4.0, torch.float16: 4.0, torch.bfloat16: 2.0}
-_EPSILON = 1e-6
+LARGEST_FACTOR = {torch.float32: 4.0, torch.float16: 4.0, torch.bfloat16: 2.0}
+EPSILON = 1e-6
 _TINY = 1e-30
 
 
@@ -123,12 +123,12 @@ def _lower_columns(
     for here in rows_of.row_blocks(batch, heads, count, index.shape[-1], q.device):
         p = rows_of.listed_probabilities(q[:, :, here], keys, index, lse[:, :, here], scale, past + here.start)
         b = p.sum(-1, keepdim=True)
-        c = 1 + (1 - beta) * b / (1 - b).clamp(min=_EPSILON)
+        c = 1 + (1 - beta) * b / (1 - b).clamp(min=EPSILON)
         part = c * output[:, :, here].float() + (beta - c) * (p @ values.float())
         parts.append(torch.where(b > 0, part.to(output.dtype), output[:, :, here]))
         masses.append(b.squeeze(-1))
     new, mass = torch.cat(parts, 2), torch.cat(masses, 2)
-    coarse = (1 - beta) * mass > (_LARGEST_FACTOR.get(output.dtype, 4.0) - 1) * (1 - mass)
+    coarse = (1 - beta) * mass > (LARGEST_FACTOR.get(output.dtype, 4.0) - 1) * (1 - mass)
     changed = mass > 0
     if not bool(coarse.any()):
         return new, changed
@@ -206,8 +206,8 @@ def reference_shifted(
 
 def _chosen(image: Tensor, sink: Tensor, tokens: Tensor, asked: Tensor, rule: ImageRule) -> Tensor:
     """Rows to edit, from their mass on visual tokens, on visual sinks, and the number of visual tokens they see."""
-    portion = sink / (image + _EPSILON * tokens)
-    return asked & (portion <= rule.sink_portion) & (image >= rule.least_mass) & (image - sink > _EPSILON)
+    portion = sink / (image + EPSILON * tokens)
+    return asked & (portion <= rule.sink_portion) & (image >= rule.least_mass) & (image - sink > EPSILON)
 
 
 def _shift_to_images(

@@ -49,10 +49,11 @@ def per_key_head(rows: Tensor, matrix: Tensor, kv: tuple[int, ...]) -> Tensor:
     Rows of heads that share a key head are stacked, so no matrix is repeated.
     """
     batch, heads, count, _ = rows.shape
-    kv_heads, group = matrix.shape[1], heads // matrix.shape[1]
-    if group and kv == key_heads(heads, kv_heads):
-        stacked = rows.reshape(batch, kv_heads, group * count, -1) @ matrix.to(rows.dtype)
-        return stacked.view(batch, heads, count, -1)
+    lowest, span = kv[0], kv[-1] + 1 - kv[0]
+    even = heads % span == 0 and kv == tuple(lowest + h // (heads // span) for h in range(heads))
+    if even and (batch == 1 or span == matrix.shape[1]):  # otherwise the product would copy the matrix
+        used = matrix[:, lowest : lowest + span].to(rows.dtype)
+        return (rows.reshape(batch, span, heads // span * count, -1) @ used).view(batch, heads, count, -1)
     parts, first = [], 0
     for head, run in groupby(kv):
         last = first + len(list(run))
@@ -70,15 +71,23 @@ def lse_and_column_sums(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float)
     """
     batch, heads, rows, _ = q.shape
     keys = k.shape[2]
+    past = keys - rows
     lse = torch.empty(batch, heads, rows, device=q.device)
     sums = torch.zeros(batch, heads, keys, device=q.device)
-    for here in row_blocks(batch, heads, rows, keys, q.device):
-        z = scores(q[:, :, here], k, kv, scale, keys - rows + here.start)
-        top = z.amax(-1, keepdim=True)
-        weights = z.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        lse[:, :, here] = (top + total.log()).squeeze(-1)
-        sums[:, :, : z.shape[-1]] += ((1 / total).transpose(-1, -2) @ weights).squeeze(2)
+    blocks = list(row_blocks(batch, 2, rows, keys, q.device))  # half of one, a head at a time: stays in fast memory
+    room = torch.empty(batch * blocks[0].stop * keys, device=q.device)
+    later = torch.ones(blocks[0].stop, blocks[0].stop, dtype=torch.bool, device=q.device).triu(1)
+    for head, key_head in enumerate(kv):
+        columns = k[:, key_head].float().transpose(-1, -2)
+        for here in blocks:
+            count, visible = here.stop - here.start, past + here.stop
+            z = room[: batch * count * visible].view(batch, count, visible)
+            torch.bmm(scale * q[:, head, here].float(), columns[..., :visible], out=z)
+            z[..., past + here.start :].masked_fill_(later[:count, :count], float("-inf"))
+            top = z.amax(-1)
+            torch.softmax(z, -1, out=z)
+            lse[:, head, here] = top - z.amax(-1).log()  # the largest probability is exp(top - LSE)
+            sums[:, head, :visible] += z.sum(1)
     return lse, sums
 
 
@@ -88,6 +97,18 @@ def row_lse(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float) -> Tensor:
     past = k.shape[2] - rows
     blocks = row_blocks(batch, heads, rows, k.shape[2], q.device)
     return torch.cat([scores(q[:, :, x], k, kv, scale, past + x.start).logsumexp(-1) for x in blocks], 2)
+
+
+@torch.no_grad()
+def newest_row(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
+    """Probabilities and LSE of one query that sees all keys: q [b, h, 1, D] -> fp32 [b, h, S] and [b, h, 1]."""
+    rows, of_its_own = scale * q.float(), len(set(kv)) == len(kv) == kv[-1] + 1 - kv[0]
+    if q.shape[0] == 1 and of_its_own:  # keys times a query is faster than a query times keys
+        z = (k[:, kv[0] : kv[-1] + 1].float() @ rows.transpose(-1, -2)).squeeze(-1)
+    else:
+        z = per_key_head(rows, k.transpose(-1, -2), kv).squeeze(2)
+    a = z.softmax(-1)
+    return a, z.amax(-1, keepdim=True) - a.amax(-1, keepdim=True).log()
 
 
 def key_lists(mask: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ from infer_patch.errors import UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_lists import HeadList, is_number, read_heads
 from infer_patch.kernels import row_attention as rows_of
 from infer_patch.kernels.calibrated_attention import lower_columns, lowered_probabilities
+from infer_patch.kernels.calibrated_row import lower_row
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.selection import plain_attention_layers
 
 RECENT = 256  # rows that can be taken back (crop) at least
+_PIECES = 8  # calls whose rows are kept as they came, before they are put together
 _REMEDY = "Make one with `infer-patch calibrate act`, or give `heads` as (layer, head) pairs."
 
 
@@ -141,12 +143,16 @@ def calibrate_rows(a: Tensor, calibrated: Tensor, beta: float) -> Tensor:
     return lowered_probabilities(a, calibrated[:, :, None], beta)[0]
 
 
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 class _Columns(NamedTuple):
     """What is kept of one sample in one layer: column sums [h, S] of all rows so far; queries [h, t, D] and LSE [h, t]
     of recent rows, which tell what a row that is taken back had added; and S' of the prompt for `frozen`, [h, S']."""
 
     sums: Tensor
-    recent: tuple[tuple[Tensor, Tensor], ...]
+    recent: tuple[tuple[Tensor, ...], ...]
     frozen: Tensor
 
 
@@ -158,7 +164,8 @@ class _ACT(Runtime):
         group = parts.num_heads // parts.num_kv_heads
         listed = config.head_list().heads
         self.heads = {layer: listed[layer] for layer in layers}
-        self._indices: dict[Any, Tensor] = {}
+        self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._seen_by = torch.empty(0)
         self.kv = {layer: tuple(h // group for h in heads) for layer, heads in self.heads.items()}
 
     def calibrate(self, layer: int, call: Any, output: Tensor) -> Tensor | str:
@@ -167,7 +174,7 @@ class _ACT(Runtime):
             return "beta is 1"
         if call.past and config.decode == "off":
             return "rows after the prompt are left as they are: decode is off"
-        heads = self._index(layer, output.device)
+        heads = self._index(layer, output.device)[0]
         q, chosen = call.q.index_select(1, heads), output.index_select(1, heads)
         if call.past == 0:
             new, rows = self._prompt(layer, call, q, chosen)
@@ -176,14 +183,19 @@ class _ACT(Runtime):
             known = [self._cropped(x, call, i, layer) for i, x in enumerate(held) if x is not None]
             if len(known) < len(held) or any(x.sums.shape[-1] != call.past for x in known):
                 return "not all rows so far were read under this plan"
-            step = self._frozen if config.decode == "frozen" else self._running
-            new, rows = step(layer, call, q, chosen, known)
+            later = self._frozen if config.decode == "frozen" else self._running
+            if later == self._running and q.shape[2] == 1 and not q.is_cuda and not _wants_gradients(call.q, output):
+                later = self._step
+            new, rows = later(layer, call, q, chosen, known)
         call.counts["rows"] = rows.sum()
         return output.index_copy(1, heads, new)
 
-    def _index(self, layer: int, device: torch.device) -> Tensor:
+    def _index(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The chosen query heads of a layer, and the key head of each."""
         if (layer, device) not in self._indices:
-            self._indices[layer, device] = torch.tensor(self.heads[layer], device=device)
+            with torch.inference_mode(False):  # they may serve calls with gradients later
+                both = torch.tensor(self.heads[layer], device=device), torch.tensor(self.kv[layer], device=device)
+                self._indices[layer, device] = both
         return self._indices[layer, device]
 
     def _threshold(self, keys: Any) -> Any:
@@ -198,6 +210,28 @@ class _ACT(Runtime):
         call.counts["calibrated_columns"] = listed.sum()
         self._keep(call, sums, (), q, lse, listed)
         return lower_columns(output, q, call.k, call.v, self.kv[layer], listed, config.beta, call.scale, lse)
+
+    def _step(self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[_Columns]) -> tuple[Tensor, Tensor]:
+        """What `_running` does, for one row of each sample: every operation counts here."""
+        config, kv, keys = self.config, self.kv[layer], call.k.shape[2]
+        a, lse = rows_of.newest_row(q, call.k, kv, call.scale)
+        sums = a.clone()
+        sums[..., :-1].add_(known[0].sums if len(known) == 1 else torch.stack([x.sums for x in known]))
+        seen_by = self._seen_by
+        if len(seen_by) != keys or seen_by.device != q.device:
+            self._seen_by = seen_by = torch.arange(keys, 0, -1, dtype=torch.float32, device=q.device)  # for every layer
+        sinks = sums / seen_by > self._threshold(keys)
+        if config.min_queries > 1:
+            sinks[..., 1 - config.min_queries :] = False
+        if config.spare == "first_token":
+            sinks[..., 0] = False
+        else:
+            sinks.scatter_(-1, sinks.view(torch.uint8).argmax(-1, keepdim=True), False)
+        listed = sinks.flatten(0, 1).nonzero(as_tuple=True)
+        self._keep(call, sums, [x.recent for x in known], q, lse, [x.frozen for x in known])
+        if len(listed[0]) == 0:
+            return output, torch.zeros_like(lse, dtype=torch.bool)
+        return lower_row(output, a, call.v, kv, self._index(layer, q.device)[1], listed, config.beta)
 
     def _running(
         self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[_Columns]
@@ -245,7 +279,9 @@ class _ACT(Runtime):
         q, lse = q.detach(), lse.detach()
         for i, memory in enumerate(call.memory):
             rows = (*(recent[i] if recent else ()), (q[i], lse[i]))
-            memory[self] = _Columns(sums[i], rows[-RECENT:], frozen[i])
+            if len(rows) > _PIECES:
+                rows = (tuple(torch.cat(x, 1)[:, -RECENT:] for x in zip(*rows)),)
+            memory[self] = _Columns(sums[i], rows, frozen[i])
 
     def _cropped(self, held: _Columns, call: Any, sample: int, layer: int) -> _Columns:
         """Without what rows added that were taken back since."""
