@@ -6,14 +6,13 @@ calibrate` writes it; and the plain list of lists that ACT's authors published, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from infer_patch.errors import PlanError
+from infer_patch.files import read_json
 
 FIRST_PUBLISHED_LAYER = 2
 
@@ -51,16 +50,7 @@ def read_heads(path: str | Path, method: str, remedy: str) -> HeadList:
     PlanError
         Naming the file, what it holds and what was expected.
     """
-    source: Any = Path(path)
-    if not source.is_file() and source.name == str(path):
-        shipped = resources.files("infer_patch").joinpath("configs", source.name)
-        source = shipped if shipped.is_file() else source
-    try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"{method}: cannot read the head list {path}: {error.strerror or error}. {remedy}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise PlanError(f"{method}: the head list {path} is not valid JSON ({error}). {remedy}") from error
+    values = read_json(path, "head list", PlanError, remedy, method)
     facts: dict[str, Any] = {}
     rows: Any = None
     if isinstance(values, dict):

@@ -6,15 +6,14 @@ with the mean matrix and where it came from beside it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from infer_patch.errors import ArtifactError
+from infer_patch.files import read_json
 
 VERSION = 1
 Head = tuple[int, int]  # layer, query head
@@ -90,17 +89,7 @@ class HeadScores:
     @classmethod
     def read(cls, path: str | Path, remedy: str = "") -> HeadScores:
         """Read a file; a bare name that is no file here is looked for in `infer_patch/configs`."""
-        source: Any = Path(path)
-        if not source.is_file() and source.name == str(path):
-            shipped = resources.files("infer_patch").joinpath("configs", source.name)
-            source = shipped if shipped.is_file() else source
-        try:
-            values = json.loads(source.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ArtifactError(f"cannot read the scores {path}: {error.strerror or error}. {remedy}") from error
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise ArtifactError(f"the scores {path} are not valid JSON ({error}). {remedy}") from error
-        return cls.from_dict(values, str(path), remedy)
+        return cls.from_dict(read_json(path, "score file", ArtifactError, remedy), str(path), remedy)
 
 
 def _short(values: Any) -> list[float]:

@@ -7,11 +7,9 @@ visual tokens. Which tokens stay is read off the attention of the layer just run
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from infer_patch.errors import PlanError, UnsupportedModelError
 from infer_patch.families import ModelParts
+from infer_patch.files import read_json
 from infer_patch.method import Method, Runtime, option
 from infer_patch.pruning import keep_counts, random_scores
 from infer_patch.visual_scores import blank_scores, scores_of, text_after_pictures
@@ -83,19 +82,8 @@ def read_schedule(path: str | Path, method: str) -> Schedule:
         Naming the file, what it holds and what was expected.
     """
     remedy = f"Make one with `infer-patch calibrate {method.replace('_', '-')}`."
-    source: Any = Path(path)
-    if not source.is_file() and source.name == str(path):
-        shipped = resources.files("infer_patch").joinpath("configs", source.name)
-        source = shipped if shipped.is_file() else source
     where = f"{method}: the schedule file {path}"
-    try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(
-            f"{method}: cannot read the schedule file {path}: {error.strerror or error}. {remedy}"
-        ) from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise PlanError(f"{where} is not valid JSON ({error}). {remedy}") from error
+    values = read_json(path, "schedule file", PlanError, remedy, method)
     if not isinstance(values, dict) or not {"method", "num_layers", "first", "query", "keep_rate"} <= set(values):
         raise PlanError(
             f"{where} must hold an object with method, num_layers, first, query and keep_rate, got {str(values)[:80]}. "

@@ -178,8 +178,28 @@ def inputs_for(row: Row, mini: Miniature, only: int | None = None) -> dict:
     return vision_inputs(mini, images=(1, 2, 0), text=text, seed=1, only=only)
 
 
-CASES = [(row, mini) for row in ROWS for mini in MINIATURES.values() if serves(row, mini)]
-CASE_IDS = [f"{row.name}-{mini.name}" for row, mini in CASES]
-# one family of each kind, for behaviours that do not depend on the family
-FEW = [(row, mini) for row, mini in CASES if mini.name in ("llama", "gpt_neox", "llava", "qwen2_vl")]
-FEW_IDS = [f"{row.name}-{mini.name}" for row, mini in FEW]
+def first_of_its_kind(row: Row) -> bool:
+    """Whether a row is the first of a method alone, at the ports that its options use: the method as used."""
+    return row is next(other for other in ROWS if _kind(other) == _kind(row)) and len(row.methods) < 2
+
+
+def _kind(row: Row) -> list[tuple[str, tuple[str, ...]]]:
+    return [(method.name, method.active_ports()) for method in row.methods]
+
+
+def ids(cases: list[tuple[Row, Miniature]]) -> list[str]:
+    return [f"{row.name}-{mini.name}" for row, mini in cases]
+
+
+ALL = [(row, mini) for row in ROWS for mini in MINIATURES.values() if serves(row, mini)]
+# one family of each kind, for every row: grouped and single key heads; placeholders of a fixed and of a varying number
+NEAR = ("llama", "gpt_neox", "llava", "qwen2_vl")
+FEW = [(row, mini) for row, mini in ALL if mini.name in NEAR]
+# every method on every family; its other options and its company on the few
+CASES = [(row, mini) for row, mini in ALL if mini.name in NEAR or first_of_its_kind(row)]
+# for what depends on the method or on the family, not on the pair: every row on the few, some rows on every family
+SOME = ("identity", "sink_window-evict", "envelope", "kv_quant", "retrieval_heads", "act", "fastv", "vtc_cls")
+PAIRS = [(row, mini) for row, mini in ALL if mini.name in NEAR or row.name in SOME]
+# every row once, on a family of texts if it has no need of pictures; and once more, on one with pictures
+ONCE = [next(case for case in FEW if case[0] is row) for row in ROWS]
+AGAIN = [next(case for case in reversed(FEW) if case[0] is row) for row in ROWS]

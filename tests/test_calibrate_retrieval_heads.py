@@ -75,15 +75,10 @@ def test_the_first_of_equal_keys_wins_and_windows_hide_the_rest():
 
 @pytest.mark.parametrize(
     "output, share",
-    [("The code is 123.", 1), ("", 0), ("codes", 0.5), ("a code, a code", 0.5), ("123 CODE", 1)],
+    [("The code is 123.", 1), ("", 0), ("code", 0.5), ("a code, a code", 0.5), ("123 CODE", 1)],
 )
 def test_recall_of_words(output, share):
     assert recall_of_words(output, "code 123") == share
-
-
-def test_plural_endings():
-    assert recall_of_words("ponies cats glass gas", "pony cat glass gas") == 1
-    assert recall_of_words("caught", "catch") == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen3"])

@@ -27,6 +27,7 @@ from infer_patch.artifacts import fingerprint
 from infer_patch.attention import PORT
 from infer_patch.availability import installed_version
 from infer_patch.calibration.choices import Question
+from infer_patch.calibration.work_folder import claim
 from infer_patch.errors import PatchError
 from infer_patch.evals.statistics import paired
 from infer_patch.families import describe
@@ -286,28 +287,14 @@ class _Calibration:
         }
 
     def _claim_folder(self, datasets: Datasets) -> None:
-        """Make the work folder that of this model, these questions and settings, or find that it is already."""
         asked = {name: [dataclasses.astuple(q) for q in rows] for name, rows in datasets.items()}
-        mine = {
+        values = {
             "questions": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
             "act": [self.settings.beta, self.settings.threshold, self.settings.threshold_mode],
             "layers": self.layers,
             "batch": self.settings.batch,
-            "dtype": str(self.model.dtype),
-            "model": json.loads(json.dumps(fingerprint(self.model))),
         }
-        file = self.work / "made_for.json"
-        if file.exists():
-            theirs = json.loads(file.read_text())
-            other = sorted(key for key in mine if theirs.get(key) != mine[key])
-            if other:
-                raise PatchError(
-                    f"{self.work} holds what was measured with other values of {', '.join(other)}. Name another work "
-                    "folder, or remove this one."
-                )
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps(mine, indent=1).encode())
+        claim(self.work, self.model, values)
 
 
 class _Keep:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from infer_patch.api import is_patched, patch
-from infer_patch.artifacts import fingerprint
 from infer_patch.calibration.visual_quality import Progress
 from infer_patch.calibration.visual_questions import Questions, Source, questions
+from infer_patch.calibration.work_folder import claim
 from infer_patch.errors import PatchError
 from infer_patch.evals.generation import collate
 from infer_patch.families import ModelParts, describe
@@ -97,7 +96,8 @@ def calibrate_dyvte(
     for name, part in zip(("fit", "held-out"), asked):
         if part is None:
             raise PatchError("gates are judged on held-out pictures; ask for at least one.")
-        folder = _claimed(work / name, part, model)
+        folder = work / name
+        claim(folder, model, {"questions": part.digest, "batch_size": part.batch_size})
         found = []
         for start in range(0, len(part), part.batch_size):
             tell(done, total, "reading features and labels")
@@ -219,21 +219,3 @@ def _continued(prompt: dict[str, Any], answer: list[int]) -> dict[str, Any]:
             fill = {"input_ids": more, "attention_mask": torch.ones_like(more)}.get(name, torch.zeros_like(more))
             longer[name] = torch.cat([value, fill.to(value.dtype)], 1)
     return longer
-
-
-def _claimed(folder: Path, part: Questions, model: Any) -> Path:
-    """The folder for what is measured of this model and these questions, new or already theirs."""
-    mine = {"questions": part.digest, "batch_size": part.batch_size, "dtype": str(model.dtype)}
-    mine = json.loads(json.dumps({**mine, "model": fingerprint(model)}))
-    file = folder / "made_for.json"
-    if file.exists():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-        other = sorted(key for key in mine if theirs.get(key) != mine[key])
-        if other:
-            raise PatchError(
-                f"{folder} holds what was measured with other values of {', '.join(other)}. Name another work folder, "
-                "or remove this one."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(file, json.dumps(mine, indent=1).encode())
-    return folder

@@ -31,6 +31,7 @@ from infer_patch.calibration.moa_prompts import Example, make_example
 from infer_patch.calibration.moa_rules import candidates, densities, key_heads, rule_losses
 from infer_patch.calibration.moa_settings import BLOCK, SINK, Settings
 from infer_patch.calibration.moa_solver import Problem, Solution, Solver, pareto_plans
+from infer_patch.calibration.work_folder import claim
 from infer_patch.errors import PatchError
 from infer_patch.evals.needle import check_context, read_texts
 from infer_patch.families import describe
@@ -227,29 +228,10 @@ class _Calibration:
         }
 
     def _claim_folder(self) -> None:
-        """Make the work folder that of this model and these prompts, or find that it is already. How many prompts,
-        lengths and rules are taken does not matter: each is measured for itself."""
+        """How many prompts, lengths and rules are taken does not matter: each is measured for itself."""
         texts = None if self.text is None else hashlib.sha256(self.text.encode()).hexdigest()
-        mine = {
-            "seed": self.settings.seed,
-            "answer_tokens": self.settings.answer_tokens,
-            "texts": texts,
-            "dtype": str(self.model.dtype),
-            "model": fingerprint(self.model),
-        }
-        mine = json.loads(json.dumps(mine))
-        file = self.work / "made_for.json"
-        if file.exists():
-            theirs = json.loads(file.read_text())
-            other = sorted(key for key in mine if theirs.get(key) != mine[key])
-            if other:
-                raise PatchError(
-                    f"{self.work} holds what was measured with other values of {', '.join(other)}. Name another work "
-                    "folder, or remove this one."
-                )
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps(mine, indent=1).encode())
+        values = {"seed": self.settings.seed, "answer_tokens": self.settings.answer_tokens, "texts": texts}
+        claim(self.work, self.model, values)
 
 
 def _uniform(density: float, layers: int, kv_heads: int) -> SpanPlan:

@@ -23,6 +23,7 @@ from infer_patch.artifacts import fingerprint
 from infer_patch.attention import PORT
 from infer_patch.availability import installed_version
 from infer_patch.calibration.retrieval_scores import copy_scores, find_span, most_attended, recall_of_words
+from infer_patch.calibration.work_folder import claim
 from infer_patch.errors import PatchError
 from infer_patch.evals import haystack
 from infer_patch.evals.generation import generate
@@ -123,7 +124,8 @@ def calibrate(
         raise PatchError("this model is patched; call infer_patch.unpatch(model) before its heads are scored.")
     check_context(model, max(settings.lengths) + settings.answer_tokens, "answer included")
     text = None if settings.text_folder is None else read_texts(settings.text_folder)
-    _claim(folder, model, settings)
+    made_for = {name: getattr(settings, name) for name in ("seed", "unique", "answer_tokens")}
+    claim(folder, model, {**made_for, "texts": settings.text_folder and str(settings.text_folder)})
     grid = [(n, depth, i) for n in settings.lengths for depth in settings.depths for i in range(settings.repeats)]
     names = [f"{n} tokens, {100 * depth:g} %, {i}" for n, depth, i in grid]
     done = _read(folder / "tests.jsonl")
@@ -240,31 +242,6 @@ def _document(model: Any, parts: Any, settings: Settings, tests: list[dict[str, 
         "settings": settings.to_dict(),
         "made_with": {name: installed_version(name) for name in ("infer_patch", "torch", "transformers")},
     }
-
-
-def _claim(folder: Path, model: Any, settings: Settings) -> None:
-    """Make the folder that of this model and these tests, or find that it is already."""
-    texts = None if settings.text_folder is None else str(settings.text_folder)
-    mine = {
-        "seed": settings.seed,
-        "unique": settings.unique,
-        "answer_tokens": settings.answer_tokens,
-        "texts": texts,
-        "dtype": str(model.dtype),
-        "model": fingerprint(model),
-    }
-    mine = json.loads(json.dumps(mine))
-    file = folder / "made_for.json"
-    if file.exists():
-        theirs = json.loads(file.read_text("utf-8"))
-        if other := sorted(key for key in mine if theirs.get(key) != mine[key]):
-            raise PatchError(
-                f"{folder} holds tests made with other values of {', '.join(other)}. Name another work folder, or "
-                "remove this one."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(file, json.dumps(mine, indent=1).encode())
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:

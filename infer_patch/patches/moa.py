@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from infer_patch.cache import IndexedLayer
 from infer_patch.errors import PlanError
+from infer_patch.files import read_json
 from infer_patch.kernels.block_mask import BlockMask, sink_window_blocks
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.ring_cache import RingLayer
@@ -194,17 +193,7 @@ class SpanPlan:
 
 def read_plan(path: str | Path) -> SpanPlan:
     """Read a plan file; a bare name that is no file here is looked for in `infer_patch/configs`."""
-    source: Any = Path(path)
-    if not source.is_file() and source.name == str(path):
-        shipped = resources.files("infer_patch").joinpath("configs", source.name)
-        source = shipped if shipped.is_file() else source
-    try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"moa: cannot read the plan file {path}: {error.strerror or error}. {_REMEDY}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise PlanError(f"moa: the plan file {path} is not valid JSON ({error}). {_REMEDY}") from error
-    return SpanPlan.from_dict(values, f"the plan file {path}")
+    return SpanPlan.from_dict(read_json(path, "plan file", PlanError, _REMEDY, "moa"), f"the plan file {path}")
 
 
 def _short(value: Any) -> str:
