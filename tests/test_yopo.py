@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import infer_patch
 from infer_patch import Plan
+from infer_patch.availability import crop_is_relative
 from infer_patch.errors import ConflictError, PlanError, UnsupportedModelError
 from infer_patch.families import describe
 from infer_patch.kernels.hidden_keys import HiddenKeys, hidden_keys_attention, reference
@@ -89,7 +90,7 @@ def test_the_modes_differ_and_blind_heads_matter():
     assert all((a - b).abs().max() > 1e-3 for a, b in ((found[0], found[1]), (found[1], found[2])))
 
 
-def test_a_later_turn_does_not_read_the_pictures_of_the_first(monkeypatch):
+def test_a_later_turn_does_not_read_the_pictures_of_the_first():
     """Blind heads know which keys of the cache are visual: two calls give what one gives."""
     inputs = vision_inputs(MINIATURES["llava"], images=(1,), text=[(6, 9)], seed=4)
     first = {k: v[:, :-4] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
@@ -101,6 +102,19 @@ def test_a_later_turn_does_not_read_the_pictures_of_the_first(monkeypatch):
                 cache = model(**first).past_key_values
                 parts = model(input_ids=inputs["input_ids"][:, -4:], past_key_values=cache).logits[:, -1]
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_that_were_taken_back_are_forgotten():
+    """Text in the places of a picture that was taken back is text."""
+    inputs = vision_inputs(MINIATURES["llava"], images=(1,), text=[(6, 9)], seed=4)
+    ids = inputs["input_ids"]
+    with infer_patch.patch(MINIATURES["llava"].build(), YOPO(blind=BLIND, cut_layer=4)) as handle, torch.no_grad():
+        cache = handle.model(**inputs).past_key_values
+        cache.crop(-(ids.shape[1] - 4) if crop_is_relative() else 4)
+        after = handle.model(input_ids=ids[:, -9:], past_key_values=cache).logits[:, -1]
+        text = torch.cat([ids[:, :4], ids[:, -9:]], 1)
+        expected = handle.model(input_ids=text).logits[:, -1]
+    torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loses_mass", [False, True])

@@ -128,13 +128,15 @@ def visual_keys(call: Any) -> Tensor | None:
     tokens, rows = call.tokens, []
     for sample, memory, positions in zip(call.samples, call.memory, call.positions):
         known = memory.get(_VISUAL)
+        if known is not None and len(known) > tokens.past:  # tokens were taken back
+            known = memory[_VISUAL] = known[: tokens.past]
         if tokens.image is not None:
             new = tokens.image[sample] >= 0
             before = new.new_zeros(tokens.past)
             if known is not None:
-                before[: len(known)] = known[: tokens.past]
+                before[: len(known)] = known
             known = memory[_VISUAL] = torch.cat([before, new])
-        if known is None:
+        if known is None or len(known) == 0:
             rows.append(torch.zeros_like(positions, dtype=torch.bool))
         else:
             rows.append((positions < len(known)) & known[positions.clamp(max=len(known) - 1)])
