@@ -132,8 +132,9 @@ def quantise_kernel(
 def constants(heads: int, size: int, bits: int, dim: int) -> tuple[dict[str, Any], dict[str, int]]:
     """(constants of `quantise_kernel`, launch options) for groups of `size` rows of `dim` numbers."""
     width = dim * bits // 8
-    named = {"HEADS": heads, "ROWS": pad(size), "BITS": bits, "WIDTH": width, "PAD": min(pad(width), 64)}
-    return named, {"num_warps": 8 if named["ROWS"] * named["PAD"] > 4096 else 4, "num_stages": 1, **OPTIONS}
+    named = {"HEADS": heads, "ROWS": pad(size), "BITS": bits, "WIDTH": width, "PAD": min(pad(width), 32)}
+    warps = max(4, named["ROWS"] // 16)  # with fewer, some registers spill
+    return named, {"num_warps": warps, "num_stages": 1, **OPTIONS}
 
 
 def quantise_and_pack(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
@@ -146,12 +147,12 @@ def quantise_and_pack(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> 
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.empty(batch, heads, n, *shape, dtype=dtype, device=keys.device)
 
-    codes = [empty(size, dim * bits // 8, dtype=torch.uint8) for _ in range(2)]
+    key_codes, value_codes = (empty(size, dim * bits // 8, dtype=torch.uint8) for _ in range(2))
     parameters = empty(dim), empty(dim), empty(size), empty(size), empty(dim)
     named, options = constants(heads, size, bits, dim)
     with torch.cuda.device_of(keys):
         quantise_kernel[(n, batch * heads)](
-            keys, values, rows, *codes, *parameters, n, size, *keys.stride()[:3], *values.stride()[:3],
+            keys, values, rows, key_codes, value_codes, *parameters, n, size, *keys.stride()[:3], *values.stride()[:3],
             *rows.stride()[:3], **named, **options,
         )  # fmt: skip
-    return Groups(bits, *codes, None, *parameters)
+    return Groups(bits, key_codes, value_codes, None, *parameters)

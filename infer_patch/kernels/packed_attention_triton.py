@@ -172,6 +172,9 @@ def packed_merge_kernel(
     tl.store(out_ptr + at + channel, out.to(out_ptr.dtype.element_ty), mask=channel < SIZE)
 
 
+_ANY_SIZE = 64  # the widest tile there is
+
+
 def constants(
     kv_heads: int, group: int, queries: int, size: int, bits: int, dim: int, dtype: torch.dtype, shared: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
@@ -218,13 +221,13 @@ def attention(
     batch, heads, queries, dim = q.shape
     kv_heads, group = keys.shape[1], heads // keys.shape[1]
     q = rows_contiguous(q)
-    sets = [(groups, None) for groups in packed if groups.key_codes.shape[2]]
-    if keys.shape[2]:
-        sets.append((Groups(PLAIN, keys[:, :, None], values[:, :, None]), visible))
+    sets: list[tuple[Groups, int, Tensor | None]] = [(x, x.size, None) for x in packed if x.key_codes.shape[2]]
+    if keys.shape[2]:  # one group; it grows by a row at each step, and one binary shall serve them all
+        sets.append((Groups(PLAIN, keys[:, :, None], values[:, :, None]), _ANY_SIZE, visible))
     multiprocessors, shared = gpu(q.device)
     launches = []
-    for groups, seen in sets:
-        named, options = constants(kv_heads, group, queries, groups.size, groups.bits, dim, q.dtype, shared)
+    for groups, height, seen in sets:
+        named, options = constants(kv_heads, group, queries, height, groups.bits, dim, q.dtype, shared)
         tiles = triton.cdiv(group * queries, named["ROWS"])
         items = groups.key_codes.shape[2] * triton.cdiv(groups.size, named["TILE"])
         many = splits or number_of_splits(batch * kv_heads * tiles, items, multiprocessors)
