@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,14 @@ SHARED = {80: 166912, 86: 101376, 90: 232448}  # bytes a program may use, by com
 REGISTERS = 65536  # of a multiprocessor
 BEGIN, END = "<!-- table: made by benchmarks/kernel_resources.py -->\n", "<!-- end of table -->\n"
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_FP32, _INT64 = {"lse_ptr", "lses_ptr", "parts_ptr", "score_ptr"}, {"idx_ptr", "count_ptr"}
+_FP32 = {"lse_ptr", "lses_ptr", "parts_ptr", "score_ptr", "mass_ptr"}
+_INT64 = {"idx_ptr", "count_ptr", "rows_ptr", "probe_ptr", "position_ptr"}
 _SCALARS = {"scale": "fp32", "slack": "fp32"}
+_PACKED = {  # types of pointers in packed groups, whatever the dtype of the model
+    **{f"{name}_ptr": "fp16" for name in ("k_step", "k_low", "v_step", "v_low", "channel")},
+    "valid_ptr": "i32",
+    "visible_ptr": "u8",
+}
 _ALIGNED = re.compile(r"(q|k|v|c|h|out)_(batch|head|row|split)$")
 
 
@@ -46,6 +52,7 @@ class Case:
     options: dict[str, int]
     matrix: bool = True
     wide_out: bool = False  # writes fp32, to be merged
+    types: Mapping[str, str] = field(default_factory=dict)  # of pointers that are not of `dtype`
 
     @property
     def name(self) -> str:
@@ -83,6 +90,21 @@ def cases(capability: int) -> Iterator[Case]:
         (128, 1, 4, 64, fp32),
     ]:
         yield from _scores(size, block, stride, queries, dtype, shared)
+    # one query of 32/8 heads in 16 rows; 9 new tokens in 36 rows, 32 a tile; 16 bits is also the full-precision tail
+    for size, dtype, queries, widths in [
+        (64, bf16, 1, (2, 4, 16)),
+        (128, bf16, 1, (2, 4, 8, 16)),
+        (128, bf16, 9, (2, 4, 16)),
+        (256, bf16, 1, (2, 4, 16)),
+        (128, fp32, 1, (2, 4, 16)),
+    ]:
+        for bits in widths:
+            yield _packed_decode(bits, queries, size, dtype, shared)
+    yield _packed_merge(128)
+    for size, bits in [(64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 8)]:
+        yield _quantise(bits, size)
+    for size, dtype in [(64, bf16), (128, bf16), (256, bf16), (128, fp32)]:
+        yield from _probes(size, dtype, shared)
 
 
 def _prefill(heads: int, kv_heads: int, size: int, dtype: torch.dtype, shared: int) -> Case:
@@ -129,6 +151,42 @@ def _scores(size: int, score_block: int, stride: int, queries: int, dtype: torch
     yield Case(module.block_maxima_kernel, tile, size, dtype, maxima, options)
 
 
+def _packed_decode(bits: int, queries: int, size: int, dtype: torch.dtype, shared: int) -> Case:
+    from infer_patch.kernels import packed_attention_triton as module
+
+    constants, options = module.constants(8, 4, queries, 128, bits, size, dtype, shared)
+    constants |= {"VALID": bits < 16, "VISIBLE": bits == 16}
+    tile = f"{constants['ROWS']} rows, {constants['TILE']} keys in {bits} bits"
+    types = _PACKED | ({"k_ptr": "u8", "v_ptr": "u8"} if bits < 16 else {})
+    return Case(module.packed_decode_kernel, tile, size, dtype, constants, options, wide_out=True, types=types)
+
+
+def _packed_merge(size: int) -> Case:
+    from infer_patch.kernels.packed_attention_triton import OPTIONS, packed_merge_kernel
+
+    constants = {"HEADS": 32, "SIZE": size, "PAD": size, "PARTS": 16}
+    options = {"num_warps": 4, **OPTIONS}
+    return Case(packed_merge_kernel, "16 parts at a time", size, torch.bfloat16, constants, options, matrix=False)
+
+
+def _quantise(bits: int, size: int) -> Case:
+    from infer_patch.kernels import kv_pack_triton as module
+
+    constants, options = module.constants(8, 128, bits, size)
+    types = _PACKED | {"k_codes_ptr": "u8", "v_codes_ptr": "u8"}
+    tile = f"a group of 128 tokens to {bits} bits"
+    return Case(module.quantise_kernel, tile, size, torch.bfloat16, constants, options, matrix=False, types=types)
+
+
+def _probes(size: int, dtype: torch.dtype, shared: int) -> Iterator[Case]:
+    from infer_patch.kernels import probe_scores_triton as module
+
+    constants, options = module.constants(32, 8, 128, size, dtype, shared)
+    tile = f"{constants['ROWS']} rows, {constants['COLUMNS']} keys"
+    yield Case(module.probe_sums_kernel, tile, size, dtype, constants, options)
+    yield Case(module.probe_mass_kernel, tile, size, dtype, constants, options)
+
+
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
     """Compile and read what the binary needs; `ptx` is the code in text."""
     import triton
@@ -141,7 +199,8 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             wide = name in _FP32 or (name == "out_ptr" and case.wide_out)
-            signature[name] = "*i64" if name in _INT64 else "*fp32" if wide else f"*{_SHORT[case.dtype]}"
+            usual = "i64" if name in _INT64 else "fp32" if wide else _SHORT[case.dtype]
+            signature[name] = f"*{case.types.get(name, usual)}"
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = _SCALARS.get(name, "i32")

@@ -1,13 +1,20 @@
 """Which implementation of a kernel runs, and what is said where the one asked for cannot."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import infer_patch.kernels
 from infer_patch.kernels import dispatch
 from infer_patch.kernels.block_mask import sink_window_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention
 from infer_patch.kernels.dispatch import choose, triton_refusal
 from infer_patch.kernels.envelope import block_envelope, score_key_blocks, select_blocks
+from infer_patch.kernels.kv_pack import PLAIN, Groups, quantise_and_pack
+from infer_patch.kernels.packed_attention import packed_attention
+from infer_patch.kernels.probe_scores import probe_scores
 
 KNOWN = ("reference", "cpu", "triton")
 
@@ -81,6 +88,9 @@ def test_the_environment_reaches_every_operation(monkeypatch):
         lambda: block_sparse_attention(q, k, k, mask),
         lambda: block_envelope(k, 4),
         lambda: select_blocks(q, k, envelope, budget=128, sinks=4, window=1, score_block=4),
+        lambda: quantise_and_pack(k, k, torch.zeros(1, 1, 1, 16, dtype=torch.long), 4),
+        lambda: packed_attention(q, [], k, k, 0.1),
+        lambda: probe_scores(q, k, 0.1, torch.zeros(1, 100, dtype=torch.long)),
     ]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for value, complaint in [("triton", "Triton kernels cannot run"), ("cuda", "choose from reference, cpu, triton")]:
@@ -94,6 +104,32 @@ def test_key_blocks_of_too_many_score_blocks(a100):
     envelope = OnGPU(), None
     with pytest.raises(ValueError, match="3 score blocks to a key block"):
         score_key_blocks(OnGPU(), envelope, 96, 48, 3, 1, 0.1, 0.2, "triton")
+
+
+def test_packed_calls_that_triton_does_not_serve(a100):
+    """Groups too high for one program; groups of 16 bits in another dtype than the queries."""
+    with pytest.raises(ValueError, match="groups have 272 tokens, and 256 are the most"):
+        quantise_and_pack(OnGPU(), OnGPU(), torch.zeros(1, 1, 1, 272, dtype=torch.long), 4, implementation="triton")
+    plain = Groups(PLAIN, OnGPU(dtype=torch.float16), OnGPU(dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"got torch.bfloat16, torch.float16"):
+        packed_attention(OnGPU(), [plain], OnGPU(), OnGPU(), 0.1, implementation="triton")
+
+
+def test_packed_operations_take_triton_on_a_gpu(a100, monkeypatch):
+    """By themselves, and `cpu` where asked for."""
+    rows, taken = torch.zeros(1, 1, 1, 16, dtype=torch.long), []
+    for module in map(importlib.import_module, ("infer_patch.kernels.kv_pack", "infer_patch.kernels.probe_scores")):
+        for name in ("triton", "cpu"):
+            monkeypatch.setitem(
+                module.IMPLEMENTATIONS, name, lambda *_, name=name: taken.append(name) or Groups(4, rows, rows)
+            )
+    fake = SimpleNamespace(attention=lambda *_: taken.append("triton"))
+    monkeypatch.setattr(infer_patch.kernels, "packed_attention_triton", fake, raising=False)
+    packed_attention(OnGPU(), [], OnGPU(), OnGPU(), 0.1)
+    for asked in (None, "cpu"):
+        quantise_and_pack(OnGPU(), OnGPU(), rows, 4, implementation=asked)
+        probe_scores(OnGPU(), OnGPU(), 0.1, rows, torch.zeros(1, 1), implementation=asked)
+    assert taken == ["triton", "triton", "triton", "cpu", "cpu"]
 
 
 @pytest.mark.parametrize("queries, keys", [(700, 700), (130, 333), (1, 700), (5, 642), (20, 20)])

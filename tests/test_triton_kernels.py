@@ -17,10 +17,18 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["prefill or decode or splits", "not (prefill or decode or splits)"])
-def test_numbers_in_the_interpreter(which):
-    """kernel_cases.py, in processes of its own: kernels imported with TRITON_INTERPRET=1 stay interpreted."""
-    options = ["-p", "no:cacheprovider", "-k", which, "tests/kernel_cases.py"]
+@pytest.mark.parametrize(
+    "cases, which",
+    [
+        ("kernel_cases.py", "prefill or decode or splits"),
+        ("kernel_cases.py", "not (prefill or decode or splits)"),
+        ("packed_kernel_cases.py", "test_packed and not model"),
+        ("packed_kernel_cases.py", "not test_packed or model"),
+    ],
+)
+def test_numbers_in_the_interpreter(cases, which):
+    """In processes of their own: kernels imported with TRITON_INTERPRET=1 stay interpreted."""
+    options = ["-p", "no:cacheprovider", "-k", which, f"tests/{cases}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options],
         cwd=ROOT,
@@ -46,6 +54,7 @@ COMPILED = [
     for capability in (80, 90)
     for case in script.cases(capability)
     if case.dtype == torch.bfloat16 and (case.size == 128 or (case.size == 64 and case.name == "prefill"))
+    if case.constants.get("BITS") != 8  # some ten seconds each, and like those of 4 bits
 ]
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -107,7 +116,14 @@ def launches(monkeypatch):
 @pytest.mark.slow
 def test_one_binary_serves_every_length(launches):
     """Keys grow by one each step of generation: a kernel compiled anew each time would take seconds a token."""
-    from infer_patch.kernels import block_sparse_decode_triton, block_sparse_prefill_triton, envelope_triton
+    from infer_patch.kernels import (
+        block_sparse_decode_triton,
+        block_sparse_prefill_triton,
+        envelope_triton,
+        kv_pack_triton,
+        packed_attention_triton,
+        probe_scores_triton,
+    )
 
     def tensors(queries, keys):
         shapes = [(1, 8, queries, 64), (1, 2, keys, 64), (1, 2, keys, 64)]
@@ -121,6 +137,11 @@ def test_one_binary_serves_every_length(launches):
         block_sparse_decode_triton.decode(q, k, v, mask, 0.1)
         envelope = envelope_triton.envelope(k, 4)
         envelope_triton.scores(q, envelope, keys, 64, 16, 4, 0.1, 0.1)
+        n, tail = keys // 128, keys % 128  # as many groups, and a tail of as many rows
+        groups = kv_pack_triton.quantise_and_pack(k, v, torch.zeros(1, 1, n, 128, dtype=torch.long), 4)
+        packed_attention_triton.attention(q, [groups], k[:, :, :tail], v[:, :, :tail], 0.1)
+        at = torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, keys, dtype=torch.long)
+        probe_scores_triton.probe_scores(q.expand(-1, -1, 8, -1), k, 0.1, *at)
     assert {name: len(binaries) for name, binaries in launches.items()} == {
         "prefill_kernel": 1,
         "decode_kernel": 1,
@@ -128,6 +149,11 @@ def test_one_binary_serves_every_length(launches):
         "envelope_kernel": 1,
         "row_sums_kernel": 1,
         "block_maxima_kernel": 1,
+        "quantise_kernel": 1,
+        "packed_decode_kernel": 2,  # of groups and of the tail
+        "packed_merge_kernel": 1,
+        "probe_sums_kernel": 1,
+        "probe_mass_kernel": 1,
     }
 
 

@@ -23,7 +23,7 @@ BITS = (2, 4, 8)
 PLAIN = 16  # "bits" of groups that are kept as they are, in the dtype of the model
 _LARGEST = 65504.0  # of fp16
 _LEAST_FACTOR = 2.0**-14  # the smallest normal fp16 number
-_NO_KERNEL = "there is no Triton kernel for packed keys yet"
+_MOST_ROWS = 256  # of a group that the Triton kernel takes
 _ELEMENTS_PER_CALL = 1 << 20
 
 
@@ -92,8 +92,11 @@ def quantise_and_pack(
     """
     if bits == PLAIN:
         return Groups(bits, _gather(keys, rows), _gather(values, rows), valid)
-    run = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, keys, refusal=_NO_KERNEL)]
-    return replace(run(keys, values, rows, bits), valid=valid)
+    refusal = None
+    if rows.shape[3] > _MOST_ROWS:
+        refusal = f"groups have {rows.shape[3]} tokens, and {_MOST_ROWS} are the most"
+    name = choose(implementation, IMPLEMENTATIONS, keys, values, refusal=refusal)
+    return replace(IMPLEMENTATIONS[name](keys, values, rows, bits), valid=valid)
 
 
 def _reference(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
@@ -118,7 +121,14 @@ def _blockwise(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
     return _cat(parts, 1)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "cpu": _blockwise}
+def _triton(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
+    """One GPU program for each group, which gathers the rows as it reads them."""
+    from infer_patch.kernels import kv_pack_triton
+
+    return kv_pack_triton.quantise_and_pack(keys, values, rows, bits)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "cpu": _blockwise, "triton": _triton}
 
 
 def dequantise(groups: Groups, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from infer_patch.kernels.dispatch import choose
-from infer_patch.kernels.kv_pack import Groups, dequantise
+from infer_patch.kernels.kv_pack import PLAIN, Groups, dequantise
 
 Part = tuple[Tensor, Tensor]  # output [B, H_kv, R, D] and log-sum-exp [B, H_kv, R], fp32
 
 HIDDEN = -1e30  # score of a key that is not there: finite, so that a row that sees nothing is no NaN
-_NO_KERNEL = "there is no Triton kernel for packed attention yet"
 _CODES_PER_PRODUCT = 1 << 20  # widened at a time: few enough for the cache, enough to outweigh the call
 _SCORES_PER_PASS = 1 << 24
 
@@ -56,12 +55,17 @@ def packed_attention(
     -------
     Tensor [B, H, T, D], of the dtype of q
     """
+    plain = [codes for groups in packed if groups.bits == PLAIN for codes in (groups.key_codes, groups.value_codes)]
+    name = choose(implementation, (*IMPLEMENTATIONS, "triton"), q, keys, values, *plain)
+    if name == "triton":
+        from infer_patch.kernels import packed_attention_triton
+
+        return packed_attention_triton.attention(q, packed, keys, values, scale, visible)
     group = q.shape[1] // keys.shape[1]
     wide = q.float().unflatten(1, (-1, group)).flatten(2, 3) * scale  # [B, H_kv, G T, D]
     if visible is not None:
         visible = visible[:, None].repeat(1, 1, group, 1)
-    run = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, q, refusal=_NO_KERNEL)]
-    output = run(wide, packed, keys, values, visible)
+    output = IMPLEMENTATIONS[name](wide, packed, keys, values, visible)
     return output.unflatten(2, (group, -1)).flatten(1, 2).to(q.dtype)
 
 

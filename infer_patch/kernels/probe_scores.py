@@ -11,7 +11,6 @@ from torch import Tensor
 
 from infer_patch.kernels.dispatch import choose
 
-_NO_KERNEL = "there is no Triton kernel for probe scores yet"
 _SCORES_PER_BLOCK = 1 << 22
 
 
@@ -40,7 +39,7 @@ def probe_scores(
     Tensor [B, H_kv, n], fp32
         Sums to H / H_kv times the number of probes that see any key.
     """
-    run = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, q, k, refusal=_NO_KERNEL)]
+    run = IMPLEMENTATIONS[choose(implementation, IMPLEMENTATIONS, q, k)]
     return run(q, k, scale, probe_positions, _positions(k, key_positions))
 
 
@@ -78,7 +77,14 @@ def _blockwise(q: Tensor, k: Tensor, scale: float, probes: Tensor, positions: Te
     return mass
 
 
-IMPLEMENTATIONS = {"reference": _reference, "cpu": _blockwise}
+def _triton(q: Tensor, k: Tensor, scale: float, probes: Tensor, positions: Tensor) -> Tensor:
+    """The same two passes in GPU kernels, which hold scores in registers."""
+    from infer_patch.kernels import probe_scores_triton
+
+    return probe_scores_triton.probe_scores(q, k, scale, probes, positions)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "cpu": _blockwise, "triton": _triton}
 
 
 def _scores(rows: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
