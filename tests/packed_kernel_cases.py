@@ -40,7 +40,7 @@ def formula(q, packed, keys, values, scale, visible=None):
     return packed_attention(q.float(), plain, keys.float(), values.float(), scale, visible, "reference")
 
 
-def compare(q, packed, keys, values, scale=0.1, visible=None, splits=(None,)):
+def compare_packed(q, packed, keys, values, scale=0.1, visible=None, splits=(None,)):
     packed = [of_dtype(groups, q.dtype) for groups in packed]
     expected = formula(q, packed, keys, values, scale, visible)
     for many in splits:
@@ -79,14 +79,14 @@ def test_packed_decode(widths, sizes, heads, queries, tail, dim, fillers, dtype)
     visible = None
     if queries > 1 and tail:
         visible = (torch.arange(tail) <= torch.arange(tail - queries, tail)[:, None]).expand(2, -1, -1)
-    compare(q, packed, *rows(0, 2, 2, tail, dim, dtype=dtype), visible=visible, splits=(1, 3))
+    compare_packed(q, packed, *rows(0, 2, 2, tail, dim, dtype=dtype), visible=visible, splits=(1, 3))
 
 
 @pytest.mark.parametrize("splits", [2, 7, 32])
 def test_packed_any_number_of_splits(splits):
     """32 splits of at most 5 tiles: most find nothing to do. 65 parts: merged in five steps."""
     packed = [make(0, 4, n=5, batch=1, heads=1, fillers=True), make(1, 2, n=3, size=16, batch=1, heads=1)]
-    compare(random(0, 1, 2, 1, 48), packed, *rows(0, 1, 1, 5, 48), splits=(splits,))
+    compare_packed(random(0, 1, 2, 1, 48), packed, *rows(0, 1, 1, 5, 48), splits=(splits,))
 
 
 def test_packed_groups_without_a_token():
@@ -94,9 +94,9 @@ def test_packed_groups_without_a_token():
     none = torch.zeros(2, 2, 3, dtype=torch.int32)
     empty = replace(make(0, 4), valid=none)
     q, (keys, values) = random(0, 2, 4, 2, 48), rows(0, 2, 2, 3, 48)
-    compare(q, [empty, make(1, 2)], keys, values)
-    compare(q, [make(1, 2).map(lambda x: x[:, :, :0]), make(1, 2)], keys, values)
-    compare(q, [], keys, values)
+    compare_packed(q, [empty, make(1, 2)], keys, values)
+    compare_packed(q, [make(1, 2).map(lambda x: x[:, :, :0]), make(1, 2)], keys, values)
+    compare_packed(q, [], keys, values)
     visible = torch.ones(2, 2, 3, dtype=torch.bool)
     visible[1, 0] = False  # padding
     found = attention(there(q), [there(empty)], there(keys), there(values), 0.1, there(visible)).cpu()
@@ -146,7 +146,7 @@ def test_packed_pools_of_odd_lengths(bits):
     pool = filled_pool(bits, [70, 1, 0])
     packed, q, (keys, values) = pool.groups(), random(2, 3, 4, 1, 32), rows(3, 3, 2, 1, 32)
     assert len(packed) > 1 and any(groups.valid is not None for groups in packed)
-    compare(q, packed, keys, values)
+    compare_packed(q, packed, keys, values)
     both = attention(there(q), [there(g) for g in packed], there(keys), there(values), 0.1)
     for b in range(3):
         one = [there(g.map(lambda x, b=b: x[b : b + 1])) for g in packed]

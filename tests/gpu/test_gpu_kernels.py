@@ -12,7 +12,10 @@ pytest.importorskip("triton")
 import torch.nn.functional as F
 from kernel_cases import *  # noqa: F403
 from kernel_cases import compare
+from packed_kernel_cases import *  # noqa: F403
+from packed_kernel_cases import compare_packed
 from test_block_sparse_attention import qkv, random_mask
+from test_packed_attention import make, random
 
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention, token_mask
@@ -20,6 +23,9 @@ from infer_patch.kernels.block_sparse_decode_triton import decode
 from infer_patch.kernels.block_sparse_prefill_triton import prefill
 from infer_patch.kernels.dispatch import triton_refusal
 from infer_patch.kernels.envelope import block_envelope, score_key_blocks, select_blocks
+from infer_patch.kernels.kv_pack import BITS, quantise_and_pack
+from infer_patch.kernels.packed_attention import packed_attention
+from infer_patch.kernels.probe_scores import probe_scores
 
 if triton_refusal("cuda"):
     pytest.skip(triton_refusal("cuda"), allow_module_level=True)
@@ -90,6 +96,92 @@ def test_long_scores(queries, keys, score_block):
     found, expected = (score_key_blocks(q, envelope, *sizes, implementation=x) for x in ("triton", "reference"))
     assert torch.equal(found.isinf(), expected.isinf())
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [*BITS, 16])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_packed_half_precision(queries, bits, dim, dtype):
+    packed = [make(0, bits, dim=dim, fillers=True, n=9, size=128), make(1, 2, dim=dim, fillers=True, size=48)]
+    q, keys, values = (
+        random(i, 2, heads, n, dim).to(dtype) for i, heads, n in ((0, 8, queries), (7, 2, 70), (8, 2, 70))
+    )
+    visible = (torch.arange(70) <= torch.arange(70 - queries, 70)[:, None]).expand(2, -1, -1)
+    compare_packed(q, packed, keys, values, scale=dim**-0.5, visible=visible, splits=(None, 1, 5))
+
+
+def packed_call(seed, keys=32768, tail=150):
+    """A query of 8 heads, 32k tokens of 2 key heads in 4 bits and in 2, and a tail: bfloat16, on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (x.cuda() for x in qkv(generator, 8, 2, 1, keys, torch.bfloat16, batch=2, size=128))
+    rows = torch.randperm(keys, generator=generator).cuda().view(1, 1, -1, 128).expand(2, -1, -1, -1)
+    parts = rows[:, :, : rows.shape[2] // 3], rows[:, :, rows.shape[2] // 3 :]
+    packed = [quantise_and_pack(k, v, part, bits) for part, bits in zip(parts, (4, 2))]
+    return q, packed, k[:, :, -tail:], v[:, :, -tail:]
+
+
+def test_long_packed_caches():
+    q, packed, keys, values = packed_call(0)
+    found, expected = (packed_attention(q, packed, keys, values, 0.3, None, x) for x in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_of_half_precision_are_those_of_the_processor(bits, dtype):
+    k, v = (random(seed, 2, 2, 4000, 128).to(dtype) for seed in (0, 1))
+    rows = torch.randperm(4000)[:3840].view(1, 1, 30, 128).expand(2, -1, -1, -1)
+    expected = quantise_and_pack(k, v, rows, bits, implementation="cpu").tensors()
+    found = quantise_and_pack(k.cuda(), v.cuda(), rows.cuda(), bits, implementation="triton").tensors()
+    assert all(torch.equal(found[name].cpu(), value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_long_probe_scores(dtype):
+    q, k = random(0, 2, 8, 128, 128).to(dtype).cuda(), random(1, 2, 2, 20000, 128).to(dtype).cuda()
+    at = torch.arange(19872, 20000, device="cuda").expand(2, -1)
+    found, expected = (probe_scores(q, k, 128**-0.5, at, None, x) for x in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=2e-2)
+    torch.testing.assert_close(found.sum(-1), torch.full((2, 2), 512.0, device="cuda"), atol=0.0, rtol=1e-3)
+
+
+def test_packed_steps_never_wait_for_the_gpu():
+    q, packed, keys, values = packed_call(1, keys=4096)
+    rows, at = torch.arange(64, device="cuda").view(1, 1, 4, 16), torch.tensor([[99, 149]], device="cuda")
+
+    def layer():
+        groups = quantise_and_pack(keys, values, rows.expand(2, -1, -1, -1), 4)
+        mass = probe_scores(q.expand(-1, -1, 2, -1), keys, 0.1, at.expand(2, -1))
+        return packed_attention(q, [*packed, groups], keys, values, 0.1), mass
+
+    expected = layer()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_packed_decode_in_a_cuda_graph():
+    first, second = packed_call(2, keys=4096), packed_call(3, keys=4096)
+    q, packed, keys, values = (
+        x.clone() if torch.is_tensor(x) else [g.map(torch.clone) for g in x] for x in packed_call(2, keys=4096)
+    )
+    packed_attention(q, packed, keys, values, 0.1, implementation="triton")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = packed_attention(q, packed, keys, values, 0.1, implementation="triton")
+    for call in (first, second, first):
+        for to, x in zip((q, keys, values), (call[0], call[2], call[3])):
+            to.copy_(x)
+        for to, groups in zip(packed, call[1]):
+            for name, x in groups.tensors().items():
+                to.tensors()[name].copy_(x)
+        graph.replay()
+        torch.testing.assert_close(out, packed_attention(*call, 0.1, implementation="reference"), atol=2e-3, rtol=2e-2)
 
 
 @pytest.mark.parametrize("queries", [1, 8, 500])
