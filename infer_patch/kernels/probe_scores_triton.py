@@ -95,7 +95,7 @@ def probe_mass_kernel(
 ):  # fmt: skip
     """mass fp32 [B, KV_HEADS, keys] = sum over rows of 2^(score - lse); grid (key tiles, B x KV_HEADS).
 
-    lse (base 2) [B x KV_HEADS, GROUP x probes]; +inf for a row that sees nothing.
+    lse (base 2) [B x KV_HEADS, GROUP x probes]; a row that sees nothing (-inf) adds nothing.
     """
     pair = tl.program_id(1)
     batch, head = (pair // KV_HEADS).to(tl.int64), (pair % KV_HEADS).to(tl.int64)
@@ -109,7 +109,7 @@ def probe_mass_kernel(
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         q, limit = _rows(q_ptr, probe_ptr + batch * probe_batch, row, probes, q_head, q_row, GROUP, SIZE, PAD)
-        lse = tl.load(lse_ptr + pair.to(tl.int64) * rows + row, mask=row < rows, other=float("inf"))
+        lse = tl.load(lse_ptr + pair.to(tl.int64) * rows + row, mask=row < rows, other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
         visible = (position[None, :] <= limit[:, None]) & (row < rows)[:, None]
         mass += tl.sum(tl.exp2(tl.where(visible, scores - lse[:, None], float("-inf"))), 0)
@@ -162,7 +162,6 @@ def probe_scores(
             q, k, probes, positions, lses, float(scale * LOG2_E), m, n, splits, *strides, **named, **options
         )
         lse = (lses * (1 / LOG2_E)).logsumexp(1) * LOG2_E
-        lse.masked_fill_(lse == float("-inf"), float("inf"))  # a row that sees nothing adds nothing
         probe_mass_kernel[(column_tiles, batch * kv_heads)](
             q, k, probes, positions, lse, mass, float(scale * LOG2_E), m, n, *strides, **named, **options
         )
