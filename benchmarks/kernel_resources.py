@@ -29,8 +29,9 @@ SHARED = {80: 166912, 86: 101376, 90: 232448}  # bytes a program may use, by com
 REGISTERS = 65536  # of a multiprocessor
 BEGIN, END = "<!-- table: made by benchmarks/kernel_resources.py -->\n", "<!-- end of table -->\n"
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_FP32, _INT64 = {"lse_ptr", "lses_ptr", "parts_ptr", "score_ptr"}, {"idx_ptr", "count_ptr"}
-_SCALARS = {"scale": "fp32", "slack": "fp32"}
+_FP32, _INT64 = {"lse_ptr", "lses_ptr", "parts_ptr", "score_ptr", "sums_ptr", "mass_ptr"}, {"idx_ptr", "count_ptr"}
+_INT32 = {"kv_ptr"}
+_SCALARS = {"scale": "fp32", "slack": "fp32", "beta": "fp32"}
 _ALIGNED = re.compile(r"(q|k|v|c|h|out)_(batch|head|row|split)$")
 
 
@@ -83,6 +84,8 @@ def cases(capability: int) -> Iterator[Case]:
         (128, 1, 4, 64, fp32),
     ]:
         yield from _scores(size, block, stride, queries, dtype, shared)
+    for size, dtype in [(64, bf16), (128, bf16), (256, bf16), (128, fp32)]:
+        yield from _calibrated(8, size, dtype)
 
 
 def _prefill(heads: int, kv_heads: int, size: int, dtype: torch.dtype, shared: int) -> Case:
@@ -129,6 +132,18 @@ def _scores(size: int, score_block: int, stride: int, queries: int, dtype: torch
     yield Case(module.block_maxima_kernel, tile, size, dtype, maxima, options)
 
 
+def _calibrated(heads: int, size: int, dtype: torch.dtype) -> Iterator[Case]:
+    from infer_patch.kernels import calibrated_triton as module
+
+    constants, options = module.constants(heads, size, dtype)
+    tile = f"{constants['TILE_Q']} rows, {constants['TILE_K']} keys"
+    yield Case(module.row_lse_kernel, tile, size, dtype, constants, options)
+    yield Case(module.column_sums_kernel, tile, size, dtype, constants, options)
+    constants, options = module.constants(heads, size, dtype, size)
+    tile = f"{constants['TILE_Q']} rows, {constants['TILE_K']} listed keys"
+    yield Case(module.lower_columns_kernel, tile, size, dtype, constants, options)
+
+
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
     """Compile and read what the binary needs; `ptx` is the code in text."""
     import triton
@@ -141,7 +156,8 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             wide = name in _FP32 or (name == "out_ptr" and case.wide_out)
-            signature[name] = "*i64" if name in _INT64 else "*fp32" if wide else f"*{_SHORT[case.dtype]}"
+            whole = "*i64" if name in _INT64 else "*i32" if name in _INT32 else None
+            signature[name] = whole if whole else "*fp32" if wide else f"*{_SHORT[case.dtype]}"
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = _SCALARS.get(name, "i32")
