@@ -29,9 +29,9 @@ SHARED = {80: 166912, 86: 101376, 90: 232448}  # bytes a program may use, by com
 REGISTERS = 65536  # of a multiprocessor
 BEGIN, END = "<!-- table: made by benchmarks/kernel_resources.py -->\n", "<!-- end of table -->\n"
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_FP32 = {"lse_ptr", "lses_ptr", "parts_ptr", "score_ptr", "mass_ptr"}
+_FP32 = {"lse_ptr", "lses_ptr", "parts_ptr", "score_ptr", "sums_ptr", "mass_ptr"}
 _INT64 = {"idx_ptr", "count_ptr", "rows_ptr", "probe_ptr", "position_ptr"}
-_SCALARS = {"scale": "fp32", "slack": "fp32"}
+_SCALARS = {"scale": "fp32", "slack": "fp32", "beta": "fp32"}
 _PACKED = {  # types of pointers in packed groups, whatever the dtype of the model
     **{f"{name}_ptr": "fp16" for name in ("k_step", "k_low", "v_step", "v_low", "channel")},
     "valid_ptr": "i32",
@@ -105,6 +105,8 @@ def cases(capability: int) -> Iterator[Case]:
         yield _quantise(bits, size)
     for size, dtype in [(64, bf16), (128, bf16), (256, bf16), (128, fp32)]:
         yield from _probes(size, dtype, shared)
+    for size, dtype in [(64, bf16), (128, bf16), (256, bf16), (128, fp32)]:
+        yield from _calibrated(8, size, dtype)
 
 
 def _prefill(heads: int, kv_heads: int, size: int, dtype: torch.dtype, shared: int) -> Case:
@@ -185,6 +187,19 @@ def _probes(size: int, dtype: torch.dtype, shared: int) -> Iterator[Case]:
     tile = f"{constants['ROWS']} rows, {constants['COLUMNS']} keys"
     yield Case(module.probe_sums_kernel, tile, size, dtype, constants, options)
     yield Case(module.probe_mass_kernel, tile, size, dtype, constants, options)
+
+
+def _calibrated(heads: int, size: int, dtype: torch.dtype) -> Iterator[Case]:
+    from infer_patch.kernels import calibrated_triton as module
+
+    constants, options = module.constants(heads, size, dtype)
+    types = {"kv_ptr": "i32"}
+    tile = f"{constants['TILE_Q']} rows, {constants['TILE_K']} keys"
+    yield Case(module.row_lse_kernel, tile, size, dtype, constants, options, types=types)
+    yield Case(module.column_sums_kernel, tile, size, dtype, constants, options, types=types)
+    constants, options = module.constants(heads, size, dtype, size)
+    tile = f"{constants['TILE_Q']} rows, {constants['TILE_K']} listed keys"
+    yield Case(module.lower_columns_kernel, tile, size, dtype, constants, options, types=types)
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:

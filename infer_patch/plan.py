@@ -147,7 +147,10 @@ def _conflict(first: Method, second: Method) -> str | None:
     if "select" in a and "select" in b:
         return "a layer's key blocks can be selected by one method only"
     if "calibrate" in a and "calibrate" in b:
-        return "each works out its correction from the model's own attention, which the other has changed"
+        return (
+            "each works out its correction from the model's own attention, which the other has changed, and the two "
+            "are not built to run one after the other"
+        )
     for x, y in ((first, second), (second, first)):
         if "calibrate" in x.active_ports() and "select" in y.active_ports():
             return f"{x.name} redistributes whole attention rows, and {y.name} leaves most of each row unread"

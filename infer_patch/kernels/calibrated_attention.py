@@ -12,8 +12,8 @@ and O_N, m_N those of visual tokens that are no sinks:
 
     o'_i = o_i - move O_S,i + move (m_S,i / m_N,i) O_N,i
 
-Faces: `reference` (fp32, writes the T x S probabilities out) and `cpu` (fast torch, any device, rows in blocks); there
-is no Triton kernel. An argument or INFER_PATCH_KERNELS overrides the choice.
+Faces: `reference` (fp32, writes the T x S probabilities out), `cpu` (fast torch, any device, rows in blocks) and, of
+`lower_columns` alone, `triton` (NVIDIA GPUs). An argument or INFER_PATCH_KERNELS overrides the choice.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from infer_patch.kernels import row_attention as rows_of
+from infer_patch.kernels.dispatch import choose
 
 # c_i above which o_i, in this precision, is too coarse to be multiplied by it: such rows are computed afresh
 LARGEST_FACTOR = {torch.float32: 4.0, torch.float16: 4.0, torch.bfloat16: 2.0}
@@ -80,8 +81,9 @@ def lower_columns(
     Tensor like `output`, and the rows that differ, bool [b, h, T]: all but those without mass on listed keys, and those
     with mass on nothing else.
     """
-    if not _asks_for_reference(implementation):
-        return _lower_columns(output, q, k, v, kv, listed, beta, scale, lse)
+    face = choose(implementation, rows_of.FACES, q, k, v)
+    if face != "reference":
+        return _lower_columns(output, q, k, v, kv, listed, beta, scale, lse, face == "triton")
     a = reference_probabilities(q, k, kv, scale)
     changed, rows = lowered_probabilities(a, listed[:, :, None], beta)
     new = rows_of.per_key_head(changed, v.float(), kv).to(output.dtype)
@@ -111,23 +113,19 @@ def _lower_columns(
     beta: float,
     scale: float,
     lse: Tensor | None,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     index = rows_of.key_lists(listed)
     batch, heads, count, _ = q.shape
     if index.shape[-1] == 0:
         return output, torch.zeros(batch, heads, count, dtype=torch.bool, device=q.device)
-    if lse is None or (torch.is_grad_enabled() and q.requires_grad):
-        lse = rows_of.row_lse(q, k, kv, scale)
-    keys, values = (rows_of.listed_rows(x, index, kv) for x in (k, v))
-    past, parts, masses = k.shape[2] - count, [], []
-    for here in rows_of.row_blocks(batch, heads, count, index.shape[-1], q.device):
-        p = rows_of.listed_probabilities(q[:, :, here], keys, index, lse[:, :, here], scale, past + here.start)
-        b = p.sum(-1, keepdim=True)
-        c = 1 + (1 - beta) * b / (1 - b).clamp(min=EPSILON)
-        part = c * output[:, :, here].float() + (beta - c) * (p @ values.float())
-        parts.append(torch.where(b > 0, part.to(output.dtype), output[:, :, here]))
-        masses.append(b.squeeze(-1))
-    new, mass = torch.cat(parts, 2), torch.cat(masses, 2)
+    past = k.shape[2] - count
+    if triton:
+        from infer_patch.kernels import calibrated_triton
+
+        new, mass = calibrated_triton.lower_columns(output, q, k, v, kv, index, beta, scale, lse)
+    else:
+        new, mass = _lower_lists(output, q, k, v, kv, index, beta, scale, lse)
     coarse = (1 - beta) * mass > (LARGEST_FACTOR.get(output.dtype, 4.0) - 1) * (1 - mass)
     changed = mass > 0
     if not bool(coarse.any()):
@@ -144,6 +142,33 @@ def _lower_columns(
             new[sample, head, row] = torch.where(differs[0, 0, :, None], afresh, output[sample, head, row])
             changed[sample, head, row] = differs[0, 0]
     return new, changed
+
+
+def _lower_lists(
+    output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: tuple[int, ...],
+    index: Tensor,
+    beta: float,
+    scale: float,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`output` with listed keys [b, h, m] lowered, and the mass of each row on them [b, h, T]."""
+    if lse is None or (torch.is_grad_enabled() and q.requires_grad):
+        lse = rows_of.row_lse(q, k, kv, scale)
+    keys, values = (rows_of.listed_rows(x, index, kv) for x in (k, v))
+    batch, heads, count, _ = q.shape
+    past, parts, masses = k.shape[2] - count, [], []
+    for here in rows_of.row_blocks(batch, heads, count, index.shape[-1], q.device):
+        p = rows_of.listed_probabilities(q[:, :, here], keys, index, lse[:, :, here], scale, past + here.start)
+        b = p.sum(-1, keepdim=True)
+        c = 1 + (1 - beta) * b / (1 - b).clamp(min=EPSILON)
+        part = c * output[:, :, here].float() + (beta - c) * (p @ values.float())
+        parts.append(torch.where(b > 0, part.to(output.dtype), output[:, :, here]))
+        masses.append(b.squeeze(-1))
+    return torch.cat(parts, 2), torch.cat(masses, 2)
 
 
 def shift_to_images(

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from infer_patch.kernels.dispatch import choose
+
+FACES = ("reference", "cpu", "triton")
 NOWHERE = -1  # fills up lists of keys
 _SCORES_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -64,11 +68,18 @@ def per_key_head(rows: Tensor, matrix: Tensor, kv: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def lse_and_column_sums(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
+def lse_and_column_sums(
+    q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
     """LSE_i and sum_i A_ij of causal attention: q [b, h, T, D], k [b, H_kv, S, D] -> fp32 [b, h, T] and [b, h, S].
 
-    The T queries are those of the last T keys. One product of queries and keys.
+    The T queries are those of the last T keys. One product of queries and keys; two in Triton, where LSE come first.
     """
+    if choose(implementation, FACES, q, k) == "triton":
+        from infer_patch.kernels import calibrated_triton
+
+        lse, received = calibrated_triton.lse_and_column_sums(q, k, kv, scale)
+        return lse, cast(Tensor, received)
     batch, heads, rows, _ = q.shape
     keys = k.shape[2]
     past = keys - rows

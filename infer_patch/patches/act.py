@@ -18,7 +18,7 @@ from infer_patch.method import Method, Runtime, option, register
 from infer_patch.selection import plain_attention_layers
 
 RECENT = 256  # rows that can be taken back (crop) at least
-_PIECES = 8  # calls whose rows are kept as they came, before they are put together
+_PIECES = 8  # calls whose rows are kept apart
 _REMEDY = "Make one with `infer-patch calibrate act`, or give `heads` as (layer, head) pairs."
 
 
@@ -164,7 +164,7 @@ class _ACT(Runtime):
         group = parts.num_heads // parts.num_kv_heads
         listed = config.head_list().heads
         self.heads = {layer: listed[layer] for layer in layers}
-        self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._indices: dict[Any, tuple[Tensor, ...]] = {}
         self._seen_by = torch.empty(0)
         self.kv = {layer: tuple(h // group for h in heads) for layer, heads in self.heads.items()}
 
@@ -190,12 +190,11 @@ class _ACT(Runtime):
         call.counts["rows"] = rows.sum()
         return output.index_copy(1, heads, new)
 
-    def _index(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _index(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
         """The chosen query heads of a layer, and the key head of each."""
         if (layer, device) not in self._indices:
             with torch.inference_mode(False):  # they may serve calls with gradients later
-                both = torch.tensor(self.heads[layer], device=device), torch.tensor(self.kv[layer], device=device)
-                self._indices[layer, device] = both
+                self._indices[layer, device] = torch.tensor([self.heads[layer], self.kv[layer]], device=device).unbind()
         return self._indices[layer, device]
 
     def _threshold(self, keys: Any) -> Any:
@@ -227,8 +226,8 @@ class _ACT(Runtime):
             sinks[..., 0] = False
         else:
             sinks.scatter_(-1, sinks.view(torch.uint8).argmax(-1, keepdim=True), False)
-        listed = sinks.flatten(0, 1).nonzero(as_tuple=True)
         self._keep(call, sums, [x.recent for x in known], q, lse, [x.frozen for x in known])
+        listed = sinks.flatten(0, 1).nonzero(as_tuple=True)
         if len(listed[0]) == 0:
             return output, torch.zeros_like(lse, dtype=torch.bool)
         return lower_row(output, a, call.v, kv, self._index(layer, q.device)[1], listed, config.beta)
