@@ -62,6 +62,8 @@ class PackedLayer(IndexedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
+        # no rows, and no view either, which would hold the whole prompt in full precision
+        self.keys, self.values = (x.new_empty(batch, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states))
         self.pools = [Pool(batch, bits, self.policy.group) for bits in self.policy.widths]
         self.tail, self.numbers = Tail(key_states, value_states), TokenNumbers(batch)
 

@@ -330,6 +330,18 @@ def test_recent_tokens_and_sinks_stay_exact():
         assert torch.equal(buffer[:, :, 4:38], whole[:, :, -34:])
 
 
+@pytest.mark.parametrize("method", [KVQuant(bits=4, **SMALL), MIXED], ids=["4", "4/2"])
+def test_the_prompt_in_full_precision_is_let_go(method):
+    model, inputs = LLAMA.build(), text_inputs(LLAMA, lengths=(300,), seed=1)
+    with infer_patch.patch(model, method):
+        layer = prefilled(model, inputs).layers[0]
+    assert layer.packed == [272]
+    for x in (layer.keys, layer.values):  # no rows: not even as a view of the prompt's
+        assert x.shape[2] == 0 and x.untyped_storage().nbytes() == 0
+    for x in (layer.tail.keys, layer.tail.values):
+        assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
 def test_more_bits_are_closer():
     model, inputs = LLAMA.build(), text_inputs(LLAMA, lengths=(300,), seed=1)
     more = text_inputs(LLAMA, lengths=(3,), seed=9)["input_ids"]
