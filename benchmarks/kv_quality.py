@@ -58,6 +58,7 @@ class Side:
 def sides(model: Any, plans: list[str]) -> tuple[list[Side], dict[str, str]]:
     """All rows, and those that cannot run here with the reason."""
     own = {f"kv_quant, {bits} bits": Plan.of(KVQuant(bits=bits)) for bits in (16, 8, 4, 2)}
+    own["kv_quant, keys 4, values 2"] = Plan.of(KVQuant(bits=4, value_bits=2))
     own["kv_quant, 4/2 at 42 %"] = Plan.of(KVQuant(bits=4, other_bits=2, important=0.42))
     own |= {name: Plan.of(name) for name in plans}
 

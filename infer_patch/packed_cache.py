@@ -64,7 +64,7 @@ class PackedLayer(IndexedLayer):
         batch = key_states.shape[0]
         # no rows, and no view either, which would hold the whole prompt in full precision
         self.keys, self.values = (x.new_empty(batch, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states))
-        self.pools = [Pool(batch, bits, self.policy.group) for bits in self.policy.widths]
+        self.pools = [Pool(batch, bits, self.policy.group, self.policy.value_bits) for bits in self.policy.widths]
         self.tail, self.numbers = Tail(key_states, value_states), TokenNumbers(batch)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
