@@ -11,6 +11,7 @@ next-token distributions compared with the unpatched ones (KL in nats). Sides ru
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import sys
@@ -57,6 +58,7 @@ class Side:
 def sides(model: Any, plans: list[str]) -> tuple[list[Side], dict[str, str]]:
     """All rows, and those that cannot run here with the reason."""
     own = {f"kv_quant, {bits} bits": Plan.of(KVQuant(bits=bits)) for bits in (16, 8, 4, 2)}
+    own["kv_quant, keys 4, values 2"] = Plan.of(KVQuant(bits=4, value_bits=2))
     own["kv_quant, 4/2 at 42 %"] = Plan.of(KVQuant(bits=4, other_bits=2, important=0.42))
     own |= {name: Plan.of(name) for name in plans}
 
@@ -114,9 +116,9 @@ def read(model: Any, ids: Tensor, cache: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens fed, the logits they were chosen from [n, V], bytes of the context's cache, seconds."""
+    """What a side says by itself, its logits after the tokens fed [n, V], bytes of the context's cache, seconds."""
 
-    chosen: list[int]
+    answer: list[int]
     logits: Tensor
     size: int
     seconds: float
@@ -124,17 +126,35 @@ class Run:
 
 @torch.no_grad()
 def run(model: Any, side: Side, context: Tensor, question: Tensor, forced: list[int] | None, tokens: int) -> Run:
-    """Read the context, then the question, then tokens one by one: the forced ones, or else the likeliest."""
-    cache, begin = side.cache(), time.perf_counter()
+    """Read the context, then the question, then tokens one by one: the forced ones, or else the likeliest.
+
+    Where the side would say something else than the forced tokens, its own answer goes on from a copy of the cache.
+    """
+    cache, begin, apart = side.cache(), time.perf_counter(), None
     with side.patched():
         read(model, context, cache)
         size = held_bytes(cache)
-        logits, chosen = [read(model, question, cache)], []
-        for step in range(tokens if forced is None else len(forced)):
-            chosen.append(int(logits[-1].argmax()) if forced is None else forced[step])
-            if len(logits) < (tokens if forced is None else len(forced)):
-                logits.append(read(model, torch.tensor(chosen[-1:], device=question.device), cache))
-    return Run(chosen, torch.stack(logits).float().cpu(), size, time.perf_counter() - begin)
+        logits, answer = [read(model, question, cache)], []
+        fed = answer if forced is None else forced
+        while len(logits) < tokens:
+            if apart is None:
+                answer.append(int(logits[-1].argmax()))
+                if answer[-1] != fed[len(answer) - 1]:
+                    paused, apart = time.perf_counter(), twin(cache)
+                    begin += time.perf_counter() - paused
+            logits.append(read(model, torch.tensor(fed[len(logits) - 1 :][:1], device=question.device), cache))
+        seconds, last = time.perf_counter() - begin, logits[-1]
+        while len(answer) < tokens:
+            if apart is not None:
+                last = read(model, torch.tensor(answer[-1:], device=question.device), apart)
+            answer.append(int(last.argmax()))
+    return Run(answer, torch.stack(logits).float().cpu(), size, seconds)
+
+
+def twin(cache: Any) -> Any:
+    """A copy of a cache that grows by itself. Layers name the method that made them: that is not copied."""
+    makers = [layer.made_by for layer in cache.layers if getattr(layer, "made_by", None) is not None]
+    return copy.deepcopy(cache, {id(maker): maker for maker in makers})
 
 
 def measure(model: Any, tokenizer: Any, rows: list[Side], task: NeedleGrid, say: Callable[[str], None]) -> None:
@@ -149,14 +169,11 @@ def measure(model: Any, tokenizer: Any, rows: list[Side], task: NeedleGrid, say:
         reference: Run | None = None
         for side in rows:
             say(f"{number + 1} of {len(items)}: {item.name}, {side.name}")
-            forced = None if reference is None else reference.chosen
+            forced = None if reference is None else reference.answer
             found = run(model, side, context, question, forced, task.max_new_tokens)
             reference = found if reference is None else reference
             side.drift.append(distances(reference.logits, found.logits))
-            answer = found.chosen
-            if found.logits.argmax(-1).tolist() != reference.chosen:  # left to itself it says something else
-                answer = run(model, side, context, question, None, task.max_new_tokens).chosen
-            side.found.append(score(tokenizer.decode(answer), item.reference))
+            side.found.append(score(tokenizer.decode(found.answer), item.reference))
             side.held.append(found.size)
             side.seconds.append(found.seconds)
 

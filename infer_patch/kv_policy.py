@@ -37,6 +37,8 @@ class Policy:
         Of that draw.
     evicts : bool
         Tokens that are not important are forgotten instead of kept in `other_bits`.
+    value_bits : int, optional
+        The most bits of values in packed tokens; keys keep the bits above. None: the same for both.
     """
 
     bits: int = 4
@@ -51,6 +53,7 @@ class Policy:
     random_probes: int = 64
     seed: int = 0
     evicts: bool = False
+    value_bits: int | None = None
 
     @property
     def mixed(self) -> bool:

@@ -62,7 +62,9 @@ class PackedLayer(IndexedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
-        self.pools = [Pool(batch, bits, self.policy.group) for bits in self.policy.widths]
+        # no rows, and no view either, which would hold the whole prompt in full precision
+        self.keys, self.values = (x.new_empty(batch, x.shape[1], 0, x.shape[3]) for x in (key_states, value_states))
+        self.pools = [Pool(batch, bits, self.policy.group, self.policy.value_bits) for bits in self.policy.widths]
         self.tail, self.numbers = Tail(key_states, value_states), TokenNumbers(batch)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

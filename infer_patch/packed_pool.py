@@ -135,10 +135,13 @@ class Pool:
         8, 4 or 2; 16 keeps numbers as they are.
     group : int
         Most tokens to a group, a multiple of 16.
+    value_bits : int, optional
+        For values, where they take fewer than keys.
     """
 
-    def __init__(self, batch: int, bits: int, group: int):
+    def __init__(self, batch: int, bits: int, group: int, value_bits: int | None = None):
         self.bits, self.group, self.batch = bits, group, batch
+        self.value_bits = value_bits if value_bits is not None and value_bits < bits < PLAIN else None
         self.slabs: dict[int, Slab] = {}
 
     def append(
@@ -196,7 +199,7 @@ class Pool:
             rows = _filled_up(rows, size)
             tokens = None if tokens is None else _filled_up(tokens, size)
         valid = rows.new_full((len(samples), keys.shape[1], rows.shape[2]), count, dtype=torch.int32)
-        groups = quantise_and_pack(keys, values, rows, self.bits, valid)
+        groups = quantise_and_pack(keys, values, rows, self.bits, valid, value_bits=self.value_bits)
         slab.append(samples, groups, first, None if tokens is None else tokens.int())
 
     def groups(self) -> list[Groups]:
@@ -245,7 +248,9 @@ class Pool:
 
     def label(self, dtype: torch.dtype) -> str:
         """What reports call this precision."""
-        return str(dtype).removeprefix("torch.") if self.bits == PLAIN else f"{self.bits} bits"
+        if self.bits == PLAIN:
+            return str(dtype).removeprefix("torch.")
+        return f"{self.bits} bits" if self.value_bits is None else f"{self.bits} (values {self.value_bits}) bits"
 
 
 def _filled_up(x: Tensor, size: int) -> Tensor:

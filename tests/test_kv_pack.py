@@ -146,6 +146,9 @@ def test_both_implementations_agree(bits, dtype):
     a, b = (quantise_and_pack(k, v, rows, bits, implementation=name) for name in ("reference", "cpu"))
     for name, value in a.tensors().items():
         assert torch.equal(value, b.tensors()[name]), name
+    fewer = [quantise_and_pack(k, v, rows, bits, implementation=name, value_bits=2) for name in ("reference", "cpu")]
+    for name, value in fewer[0].tensors().items():
+        assert torch.equal(value, fewer[1].tensors()[name]), name
     for x, back in zip((k, v), dequantise(a, dtype)):
         taken = x[:, :, rows[0, 0].flatten()]
         if bits == 16:

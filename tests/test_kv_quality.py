@@ -58,3 +58,19 @@ def test_bytes_inside_tensor_subclasses_and_tuples_count(script):
         layers = (Layer(),)
 
     assert script.held_bytes(Cache()) == 2 * 3 * 4 + 5 + 4 * 2
+
+
+def test_an_answer_goes_on_from_a_copy_as_if_alone(script, tiny):
+    """The drift run and the side's own answer share a prefill; neither changes the other."""
+    model, _ = tiny
+    rows, _ = script.sides(model, [])
+    side = next(row for row in rows if row.name == "kv_quant, 2 bits")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, model.config.vocab_size, (400,), generator=generator)
+    alone = script.run(model, side, ids[:380], ids[380:], None, 100)  # long enough to pack while answering
+    other = [(token + 1) % model.config.vocab_size if at == 20 else token for at, token in enumerate(alone.answer)]
+    forced = script.run(model, side, ids[:380], ids[380:], other, 100)
+    assert forced.answer == alone.answer
+    assert torch.equal(forced.logits[:21], alone.logits[:21]) and not torch.equal(forced.logits[21:], alone.logits[21:])
+    same = script.run(model, side, ids[:380], ids[380:], alone.answer, 100)
+    assert same.answer == alone.answer and torch.equal(same.logits, alone.logits)

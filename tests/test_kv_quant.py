@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import infer_patch
 from infer_patch.availability import crop_is_relative
 from infer_patch.errors import ConflictError, PlanError, UnsupportedCallError, UnsupportedModelError
+from infer_patch.kernels.kv_pack import dequantise
 from infer_patch.kv_policy import Policy, draw_probes
 from infer_patch.packed_tail import NewTokens
 from infer_patch.patches import Envelope, KVQuant
@@ -20,6 +21,7 @@ from infer_patch.patches import Envelope, KVQuant
 LLAMA = MINIATURES["llama"]
 SMALL = dict(sinks=4, recent=20, window=16, group=32)
 MIXED = KVQuant(important=0.4, **SMALL)
+FEWER_FOR_VALUES = KVQuant(bits=8, other_bits=4, important=0.4, value_bits=4, **SMALL)
 
 
 class SixteenBits(Policy):
@@ -174,7 +176,8 @@ def formula(policy, heads, dim, element, packed, tail, batch=1):
         if bits == 16:
             total += 2 * rows * heads * dim * element
         else:
-            total += 2 * rows * heads * dim * bits // 8 + 2 * heads * dim * 2 + 2 * rows * heads * 2 + heads * dim * 2
+            codes = bits + min(bits, policy.value_bits or bits)  # of keys, and of values
+            total += rows * heads * dim * codes // 8 + 2 * heads * dim * 2 + 2 * rows * heads * 2 + heads * dim * 2
         total += 4 * rows if policy.mixed else 0
     return total
 
@@ -193,7 +196,11 @@ def expected_groups(policy, packs):
     return groups
 
 
-@pytest.mark.parametrize("method", [KVQuant(bits=8, **SMALL), KVQuant(bits=2, **SMALL), MIXED], ids=["8", "2", "4/2"])
+@pytest.mark.parametrize(
+    "method",
+    [KVQuant(bits=8, **SMALL), KVQuant(bits=2, **SMALL), MIXED, FEWER_FOR_VALUES],
+    ids=["8", "2", "4/2", "8/4 with values in 4"],
+)
 def test_bytes_are_those_of_the_formula(method):
     """After a prompt, while decoding, and for samples of other lengths."""
     model, lengths = LLAMA.build(), (200, 131)
@@ -330,6 +337,73 @@ def test_recent_tokens_and_sinks_stay_exact():
         assert torch.equal(buffer[:, :, 4:38], whole[:, :, -34:])
 
 
+@pytest.mark.parametrize("method", [KVQuant(bits=4, **SMALL), MIXED], ids=["4", "4/2"])
+def test_the_prompt_in_full_precision_is_let_go(method):
+    model, inputs = LLAMA.build(), text_inputs(LLAMA, lengths=(300,), seed=1)
+    with infer_patch.patch(model, method):
+        layer = prefilled(model, inputs).layers[0]
+    assert layer.packed == [272]
+    for x in (layer.keys, layer.values):  # no rows: not even as a view of the prompt's
+        assert x.shape[2] == 0 and x.untyped_storage().nbytes() == 0
+    for x in (layer.tail.keys, layer.tail.values):
+        assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def test_values_in_fewer_bits_than_keys():
+    """Keys are those of their own width, values those of theirs; reports tell both."""
+    model, inputs = LLAMA.build(), text_inputs(LLAMA, lengths=(300,), seed=1)
+    layers = {}
+    for name, options in {"4": {"bits": 4}, "2": {"bits": 2}, "4, 2": {"bits": 4, "value_bits": 2}}.items():
+        with infer_patch.patch(model, KVQuant(**options, **SMALL)) as handle:
+            cache = prefilled(model, inputs)
+            layers[name] = next(iter(cache.layers[0].pools[0].slabs.values())).view()
+            said = handle.report().methods["kv_quant"]["bytes_by_precision"]
+    assert "4 (values 2) bits" in said
+    assert torch.equal(layers["4, 2"].key_codes, layers["4"].key_codes)
+    assert torch.equal(layers["4, 2"].value_codes, layers["2"].value_codes)
+    (keys, values), (wide, _), (_, narrow) = (dequantise(layers[name]) for name in ("4, 2", "4", "2"))
+    assert torch.equal(keys, wide) and torch.equal(values, narrow)
+
+
+def test_values_never_take_more_bits_than_keys():
+    model, inputs = LLAMA.build(), text_inputs(LLAMA, lengths=(300,), seed=1)
+    with infer_patch.patch(model, KVQuant(bits=8, other_bits=2, important=0.4, value_bits=4, **SMALL)):
+        layer = prefilled(model, inputs).layers[0]
+    assert [{groups.bits_of_values for groups in pool.groups()} for pool in layer.pools] == [{4}, {2}]
+
+
+@pytest.mark.parametrize("split", [(2, 2), (4, 4), (8, 8), (4, 2)], ids=str)
+def test_two_pools_hold_what_one_would(split):
+    """Tokens out of order: every one comes back in its own place, as exact as its group's step allows."""
+
+    class Split(Policy):
+        mixed, widths = True, split
+
+    @dataclass(frozen=True, kw_only=True)
+    class Both(KVQuant):
+        def policy(self, layer):
+            return Split(important=0.4, **SMALL)
+
+    model, inputs = LLAMA.build(), text_inputs(LLAMA, lengths=(300,), seed=1)
+    plain = prefilled(model, inputs)
+    with infer_patch.patch(model, Both()):
+        cache = prefilled(model, inputs)
+    for layer, exact in zip(cache.layers, plain.layers):
+        for pool, bits in zip(layer.pools, split):
+            for slab in pool.slabs.values():
+                groups, numbers = slab.view(), slab.numbers()[0, 0]
+                keys, values = dequantise(groups)
+                k, v = exact.keys[:, :, numbers], exact.values[:, :, numbers]
+                key_step, value_step = groups.key_step.float()[..., None, :], groups.value_step.float()[..., None]
+                assert groups.bits == bits
+                assert ((keys - k).abs() <= key_step / 2 + 1e-5).all()
+                assert ((values - v).abs() <= groups.channel.float()[..., None, :] * value_step / 2 + 1e-5).all()
+                spread = k.amax(3) - k.amin(3)  # no wider than the tokens themselves
+                assert (groups.key_step.float() * (2**bits - 1) <= spread * 1.01 + 0.01).all()
+        together = torch.cat([slab.numbers().flatten() for pool in layer.pools for slab in pool.slabs.values()])
+        assert sorted(set(together.tolist())) == list(range(4, 276))
+
+
 def test_more_bits_are_closer():
     model, inputs = LLAMA.build(), text_inputs(LLAMA, lengths=(300,), seed=1)
     more = text_inputs(LLAMA, lengths=(3,), seed=9)["input_ids"]
@@ -377,6 +451,7 @@ def test_a_patch_put_on_in_mid_conversation_takes_the_cache_over():
     "options, complaint",
     [
         ({"bits": 3}, r"bits must be one of \[2, 4, 8, 16\], got 3"),
+        ({"value_bits": 16}, r"value_bits must be one of \[2, 4, 8\], or None for those of keys, got 16"),
         ({"bits": 2, "other_bits": 4, "important": 0.5}, "need at least the bits of others"),
         ({"important": 1.5}, "important must be a share from 0 to 1, got 1.5"),
         ({"window": 100}, "window must be a multiple of 16, got 100"),

@@ -16,7 +16,7 @@ def random(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(seed, bits, n=3, size=32, batch=2, heads=2, dim=48, fillers=False):
+def make(seed, bits, n=3, size=32, batch=2, heads=2, dim=48, fillers=False, value_bits=None):
     k, v = random(seed, batch, heads, n * size, dim), random(seed + 1, batch, heads, n * size, dim)
     k[..., 3] += 20  # an outlier channel
     rows = torch.arange(n * size).view(1, 1, n, size).expand(batch, -1, -1, -1)
@@ -24,7 +24,7 @@ def make(seed, bits, n=3, size=32, batch=2, heads=2, dim=48, fillers=False):
     if fillers:
         valid = torch.randint(1, size + 1, (batch, 1, n), generator=torch.Generator().manual_seed(seed))
         valid = valid.expand(-1, heads, -1).int().contiguous()
-    return quantise_and_pack(k, v, rows, bits, valid)
+    return quantise_and_pack(k, v, rows, bits, valid, value_bits=value_bits)
 
 
 def dense(q, packed, keys, values, scale, visible=None):
@@ -64,6 +64,16 @@ def test_equal_to_dequantising_first(seed, widths, queries, fillers, implementat
     visible = visible.expand(2, -1, -1)
     out = packed_attention(q, packed, keys, values, 0.1, visible, implementation)
     torch.testing.assert_close(out.double(), dense(q, packed, keys, values, 0.1, visible), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("bits, value_bits", [(4, 2), (8, 2), (8, 4), (2, 4)])
+def test_values_in_other_bits_than_keys(bits, value_bits, implementation):
+    packed = [make(0, bits, value_bits=value_bits), make(3, 4, fillers=True)]
+    q, keys, values = random(0, 2, 4, 3, 48), random(7, 2, 2, 9, 48), random(8, 2, 2, 9, 48)
+    out = packed_attention(q, packed, keys, values, 0.1, implementation=implementation)
+    torch.testing.assert_close(out.double(), dense(q, packed, keys, values, 0.1), atol=2e-4, rtol=2e-4)
+    assert packed[0].value_codes.shape[-1] == 48 * value_bits // 8 != packed[0].key_codes.shape[-1]
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])

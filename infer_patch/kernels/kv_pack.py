@@ -33,8 +33,9 @@ class Groups:
 
     Parameters
     ----------
-    bits : int
-        8, 4, 2; or 16: codes are the numbers themselves, and the parameters are None.
+    bits, value_bits : int
+        Of keys and of values (None: those of keys): 8, 4, 2; or 16 for both: codes are the numbers themselves, and the
+        parameters are None.
     key_codes, value_codes : uint8 Tensor [B, H_kv, n, a, D bits / 8], or [B, H_kv, n, a, D] of the model's dtype
     key_step, key_low : fp16 Tensor [B, H_kv, n, D]
     value_step, value_low : fp16 Tensor [B, H_kv, n, a]
@@ -53,6 +54,11 @@ class Groups:
     value_step: Tensor | None = None
     value_low: Tensor | None = None
     channel: Tensor | None = None
+    value_bits: int | None = None
+
+    @property
+    def bits_of_values(self) -> int:
+        return self.bits if self.value_bits is None else self.value_bits
 
     @property
     def size(self) -> int:
@@ -76,6 +82,7 @@ def quantise_and_pack(
     bits: int,
     valid: Tensor | None = None,
     implementation: str | None = None,
+    value_bits: int | None = None,
 ) -> Groups:
     """Gather tokens into groups, quantise and pack them.
 
@@ -89,6 +96,8 @@ def quantise_and_pack(
         8, 4 or 2; 16 gathers only.
     valid : int32 Tensor [B, H_kv, n], optional
         Tokens in each group, handed on.
+    value_bits : int, optional
+        8, 4 or 2 for values, where they are not those of keys; without effect at 16.
     """
     if bits == PLAIN:
         return Groups(bits, _gather(keys, rows), _gather(values, rows), valid)
@@ -96,19 +105,20 @@ def quantise_and_pack(
     if rows.shape[3] > _MOST_ROWS:
         refusal = f"groups have {rows.shape[3]} tokens, and {_MOST_ROWS} are the most"
     name = choose(implementation, IMPLEMENTATIONS, keys, values, refusal=refusal)
-    return replace(IMPLEMENTATIONS[name](keys, values, rows, bits), valid=valid)
+    return replace(IMPLEMENTATIONS[name](keys, values, rows, bits, value_bits), valid=valid)
 
 
-def _reference(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
+def _reference(keys: Tensor, values: Tensor, rows: Tensor, bits: int, value_bits: int | None = None) -> Groups:
     k, v = _gather(keys, rows).float(), _gather(values, rows).float()
     key_codes, key_step, key_low = quantise(k, bits, 3)
     channel = channel_factors(v)
-    value_codes, value_step, value_low = quantise(v / channel.float()[..., None, :], bits, 4)
+    width = bits if value_bits is None else value_bits
+    value_codes, value_step, value_low = quantise(v / channel.float()[..., None, :], width, 4)
     parameters = (key_step, key_low, value_step, value_low, channel)
-    return Groups(bits, pack(key_codes, bits), pack(value_codes, bits), None, *parameters)
+    return Groups(bits, pack(key_codes, bits), pack(value_codes, width), None, *parameters, value_bits)
 
 
-def _blockwise(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
+def _blockwise(keys: Tensor, values: Tensor, rows: Tensor, bits: int, value_bits: int | None = None) -> Groups:
     """The reference a few groups at a time: nothing of the size of all keys is made in fp32."""
     heads, (_, _, n, size) = keys.shape[1], rows.shape
     step = max(1, _ELEMENTS_PER_CALL // (size * keys.shape[3]))
@@ -116,16 +126,17 @@ def _blockwise(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
     for head in range(heads):
         at = slice(head, head + 1)
         chosen = rows if rows.shape[1] == 1 else rows[:, at]
-        blocks = [_reference(keys[:, at], values[:, at], chosen[:, :, i : i + step], bits) for i in range(0, n, step)]
+        cuts = (chosen[:, :, i : i + step] for i in range(0, n, step))
+        blocks = [_reference(keys[:, at], values[:, at], some, bits, value_bits) for some in cuts]
         parts.append(_cat(blocks, 2))
     return _cat(parts, 1)
 
 
-def _triton(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
+def _triton(keys: Tensor, values: Tensor, rows: Tensor, bits: int, value_bits: int | None = None) -> Groups:
     """One GPU program for each group, which gathers the rows as it reads them."""
     from infer_patch.kernels import kv_pack_triton
 
-    return kv_pack_triton.quantise_and_pack(keys, values, rows, bits)
+    return kv_pack_triton.quantise_and_pack(keys, values, rows, bits, value_bits)
 
 
 IMPLEMENTATIONS = {"reference": _reference, "cpu": _blockwise, "triton": _triton}
@@ -136,7 +147,7 @@ def dequantise(groups: Groups, dtype: torch.dtype = torch.float32) -> tuple[Tens
     if groups.key_step is None or groups.key_low is None or groups.value_step is None or groups.value_low is None:
         return groups.key_codes.to(dtype), groups.value_codes.to(dtype)
     k = unpack(groups.key_codes, groups.bits) * groups.key_step.float()[..., None, :]
-    v = unpack(groups.value_codes, groups.bits) * groups.value_step.float()[..., None]
+    v = unpack(groups.value_codes, groups.bits_of_values) * groups.value_step.float()[..., None]
     k += groups.key_low.float()[..., None, :]
     v += groups.value_low.float()[..., None]
     if groups.channel is not None:

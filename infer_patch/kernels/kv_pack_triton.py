@@ -70,15 +70,22 @@ def _scaled(v, factors):
 def quantise_kernel(
     k_ptr, v_ptr, rows_ptr, k_codes_ptr, v_codes_ptr, k_step_ptr, k_low_ptr, v_step_ptr, v_low_ptr, channel_ptr,
     groups, size, k_batch, k_head, k_row, v_batch, v_head, v_row, rows_batch, rows_head, rows_group,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    PAD: tl.constexpr,
 ):  # fmt: skip
-    """All of one group: codes [B, HEADS, groups, size, WIDTH], parameters by channel or row; grid (groups, B x HEADS).
+    """All of one group: codes [B, HEADS, groups, size, bytes], parameters by channel or row; grid (groups, B x HEADS).
 
-    PAD bytes of each row at a time, and one field of them after the other: byte i holds channels i, i + WIDTH, ...
+    PAD bytes of each row at a time, and one field of them after the other: with f fields to a byte, byte i holds
+    channels i, i + DIM / f, ...
     """
     FIELDS: tl.constexpr = 8 // BITS
+    WIDTH: tl.constexpr = DIM // FIELDS
     PIECES: tl.constexpr = (WIDTH + PAD - 1) // PAD
     LEVELS: tl.constexpr = 2**BITS - 1
+    V_FIELDS: tl.constexpr = 8 // VALUE_BITS
+    V_WIDTH: tl.constexpr = DIM // V_FIELDS
+    V_PIECES: tl.constexpr = (V_WIDTH + PAD - 1) // PAD
+    V_LEVELS: tl.constexpr = 2**VALUE_BITS - 1
     group, pair = tl.program_id(0), tl.program_id(1)
     batch, head = (pair // HEADS).to(tl.int64), (pair % HEADS).to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -87,8 +94,8 @@ def quantise_kernel(
     k_at = (k_ptr + batch * k_batch + head * k_head + source * k_row)[:, None]
     v_at = (v_ptr + batch * v_batch + head * v_head + source * v_row)[:, None]
     place = pair.to(tl.int64) * groups + group
-    codes_at = (place * size + row)[:, None] * WIDTH
-    of_channel = place * (WIDTH * FIELDS)
+    code_row = (place * size + row)[:, None]
+    of_channel = place * DIM
 
     for piece in range(PIECES):
         byte = piece * PAD + tl.arange(0, PAD)
@@ -101,43 +108,47 @@ def quantise_kernel(
             packed |= _code(k, step.to(tl.float32)[None, :], low.to(tl.float32)[None, :], LEVELS) << (BITS * j)
             tl.store(k_step_ptr + of_channel + channel, step, mask=there)
             tl.store(k_low_ptr + of_channel + channel, low, mask=there)
-        tl.store(k_codes_ptr + codes_at + byte, packed.to(tl.uint8), mask=(row < size)[:, None] & there)
+        tl.store(k_codes_ptr + code_row * WIDTH + byte, packed.to(tl.uint8), mask=(row < size)[:, None] & there)
 
     least = tl.full([ROWS], float("inf"), tl.float32)
     most = tl.full([ROWS], float("-inf"), tl.float32)
-    for j in range(PIECES * FIELDS):
-        byte = j // FIELDS * PAD + tl.arange(0, PAD)
-        there = byte < WIDTH
-        channel = j % FIELDS * WIDTH + byte
+    for j in range(V_PIECES * V_FIELDS):
+        byte = j // V_FIELDS * PAD + tl.arange(0, PAD)
+        there = byte < V_WIDTH
+        channel = j % V_FIELDS * V_WIDTH + byte
         v = tl.load(v_at + channel, mask=there, other=0.0).to(tl.float32)
         factor = _factors(v)
         tl.store(channel_ptr + of_channel + channel, factor, mask=there)
         x = _scaled(v, factor)
         least = tl.minimum(least, tl.min(tl.where(there, x, float("inf")), 1))
         most = tl.maximum(most, tl.max(tl.where(there, x, float("-inf")), 1))
-    step, low = _parameters(least, most, LEVELS)
+    step, low = _parameters(least, most, V_LEVELS)
     tl.store(v_step_ptr + place * size + row, step, mask=row < size)
     tl.store(v_low_ptr + place * size + row, low, mask=row < size)
-    for piece in range(PIECES):
+    for piece in range(V_PIECES):
         byte = piece * PAD + tl.arange(0, PAD)
-        there = byte < WIDTH
+        there = byte < V_WIDTH
         packed = tl.zeros([ROWS, PAD], tl.int32)
-        for j in range(FIELDS):
-            v = tl.load(v_at + j * WIDTH + byte, mask=there, other=0.0).to(tl.float32)
+        for j in range(V_FIELDS):
+            v = tl.load(v_at + j * V_WIDTH + byte, mask=there, other=0.0).to(tl.float32)
             x = _scaled(v, _factors(v))
-            packed |= _code(x, step.to(tl.float32)[:, None], low.to(tl.float32)[:, None], LEVELS) << (BITS * j)
-        tl.store(v_codes_ptr + codes_at + byte, packed.to(tl.uint8), mask=(row < size)[:, None] & there)
+            packed |= _code(x, step.to(tl.float32)[:, None], low.to(tl.float32)[:, None], V_LEVELS) << (VALUE_BITS * j)
+        tl.store(v_codes_ptr + code_row * V_WIDTH + byte, packed.to(tl.uint8), mask=(row < size)[:, None] & there)
 
 
-def constants(heads: int, size: int, bits: int, dim: int) -> tuple[dict[str, Any], dict[str, int]]:
+def constants(
+    heads: int, size: int, bits: int, dim: int, value_bits: int | None = None
+) -> tuple[dict[str, Any], dict[str, int]]:
     """(constants of `quantise_kernel`, launch options) for groups of `size` rows of `dim` numbers."""
-    width = dim * bits // 8
-    named = {"HEADS": heads, "ROWS": pad(size), "BITS": bits, "WIDTH": width, "PAD": min(pad(width), 32)}
+    value_bits = bits if value_bits is None else value_bits
+    width = dim * min(bits, value_bits) // 8
+    named = {"HEADS": heads, "ROWS": pad(size), "DIM": dim, "BITS": bits, "VALUE_BITS": value_bits}
+    named["PAD"] = min(pad(width), 32)
     warps = max(4, named["ROWS"] // 16)  # with fewer, some registers spill
     return named, {"num_warps": warps, "num_stages": 1, **OPTIONS}
 
 
-def quantise_and_pack(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> Groups:
+def quantise_and_pack(keys: Tensor, values: Tensor, rows: Tensor, bits: int, value_bits: int | None = None) -> Groups:
     """The groups of kv_pack.quantise_and_pack, in 8, 4 or 2 bits: keys and values [B, H_kv, S, D]."""
     batch, heads, _, dim = keys.shape
     n, size = rows.shape[2:]
@@ -147,12 +158,13 @@ def quantise_and_pack(keys: Tensor, values: Tensor, rows: Tensor, bits: int) -> 
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.empty(batch, heads, n, *shape, dtype=dtype, device=keys.device)
 
-    key_codes, value_codes = (empty(size, dim * bits // 8, dtype=torch.uint8) for _ in range(2))
+    widths = bits, bits if value_bits is None else value_bits
+    key_codes, value_codes = (empty(size, dim * width // 8, dtype=torch.uint8) for width in widths)
     parameters = empty(dim), empty(dim), empty(size), empty(size), empty(dim)
-    named, options = constants(heads, size, bits, dim)
+    named, options = constants(heads, size, bits, dim, value_bits)
     with torch.cuda.device_of(keys):
         quantise_kernel[(n, batch * heads)](
             keys, values, rows, key_codes, value_codes, *parameters, n, size, *keys.stride()[:3], *values.stride()[:3],
             *rows.stride()[:3], **named, **options,
         )  # fmt: skip
-    return Groups(bits, key_codes, value_codes, None, *parameters)
+    return Groups(bits, key_codes, value_codes, None, *parameters, value_bits)

@@ -166,13 +166,14 @@ def _value_product(p: Tensor, flat: Groups) -> Tensor:
     if flat.value_step is not None and flat.value_low is not None:
         low = (p * flat.value_low[:, :, None]).sum(-1, keepdim=True)  # [N, n, R, 1]
         p.mul_(flat.value_step.float()[:, :, None])
-    planes = max(8 // flat.bits, 1)
+    bits = flat.bits_of_values
+    planes = max(8 // bits, 1)
     output = p.new_zeros(p.shape[0], p.shape[2], flat.value_codes.shape[-1] * planes)
     for h, g in _blocks(flat.value_codes):
         codes, weights = flat.value_codes[h, g], p[h, g].flatten(0, 1)
-        fields = [torch.bmm(weights, _widened(codes, p, flat.bits * j)) for j in range(planes)]
+        fields = [torch.bmm(weights, _widened(codes, p, bits * j)) for j in range(planes)]
         for j in range(planes - 1):
-            fields[j].sub_(fields[j + 1], alpha=2**flat.bits)
+            fields[j].sub_(fields[j + 1], alpha=2**bits)
         product = torch.cat(fields, -1).unflatten(0, codes.shape[:2])  # [h, g, R, D]
         if low is not None and flat.channel is not None:
             product.add_(low[h, g]).mul_(flat.channel[h, g, None].float())

@@ -6,7 +6,8 @@ of a tile, so codes are read once for the group. The arithmetic is that of `pack
 folded into queries and probabilities, codes go into matrix products as they are.
 
 Codes come out of their bytes next to each other: lane l of a row holds field l % f of byte l // f, that is channel
-l % f * D / f + l // f. Queries, parameters and output are read and written in that order, so no lane ever moves.
+l % f * D / f + l // f. Queries, parameters and output are read and written in that order, so no lane ever moves;
+values may have other fields than keys, and then an order of their own.
 """
 
 from __future__ import annotations
@@ -70,16 +71,21 @@ def packed_decode_kernel(
     lse_ptr, scale, queries, groups, size, part_rows, q_batch, q_head, q_row, batch_rows, head_rows, visible_batch,
     visible_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr,
-    WIDTH: tl.constexpr, PAD: tl.constexpr, VALID: tl.constexpr, VISIBLE: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_BITS: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, VALID: tl.constexpr, VISIBLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Parts fp32 [splits, B, H, T, D] and lse (base 2) [splits, B, H, T]; grid (splits, row tiles, B x KV_HEADS).
 
-    `groups` groups of `size` rows; rows of WIDTH numbers (bytes below 16 bits) lie behind one another, those of a head
-    from batch x batch_rows + head x head_rows on. `scale` carries log2 e. A split without a visible key writes -inf.
+    `groups` groups of `size` rows of SIZE numbers, in fewer bytes below 16 bits; rows lie behind one another, those of
+    a head from batch x batch_rows + head x head_rows on. `scale` carries log2 e. A split without a visible key writes
+    -inf.
     """
     FIELDS: tl.constexpr = 8 // BITS if BITS < 8 else 1
-    SIZE: tl.constexpr = WIDTH * FIELDS
+    WIDTH: tl.constexpr = SIZE // FIELDS
     PAD_W: tl.constexpr = PAD // FIELDS
+    V_FIELDS: tl.constexpr = 8 // VALUE_BITS if VALUE_BITS < 8 else 1
+    V_WIDTH: tl.constexpr = SIZE // V_FIELDS
+    V_PAD_W: tl.constexpr = PAD // V_FIELDS
     split, pair = tl.program_id(0), tl.program_id(2)
     batch, head = (pair // KV_HEADS).to(tl.int64), pair % KV_HEADS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -89,6 +95,9 @@ def packed_decode_kernel(
     there = lane // FIELDS < WIDTH
     channel = lane % FIELDS * WIDTH + lane // FIELDS
     byte = tl.arange(0, PAD_W)
+    v_there = lane // V_FIELDS < V_WIDTH
+    v_channel = lane % V_FIELDS * V_WIDTH + lane // V_FIELDS
+    v_byte = tl.arange(0, V_PAD_W)
 
     q_at = batch * q_batch + heads.to(tl.int64) * q_head + query * q_row
     q = tl.load(q_ptr + q_at[:, None] + channel, mask=real[:, None] & there, other=0.0)
@@ -106,10 +115,8 @@ def packed_decode_kernel(
         place = j % per * TILE + tl.arange(0, TILE)
         inside = place < size
         rows = first_row + (j // per).to(tl.int64) * size + place
-        at = rows[:, None] * WIDTH + byte
-        mask = inside[:, None] & (byte < WIDTH)
-        k = tl.load(k_ptr + at, mask=mask, other=0)
-        v = tl.load(v_ptr + at, mask=mask, other=0)
+        k = tl.load(k_ptr + rows[:, None] * WIDTH + byte, mask=inside[:, None] & (byte < WIDTH), other=0)
+        v = tl.load(v_ptr + rows[:, None] * V_WIDTH + v_byte, mask=inside[:, None] & (v_byte < V_WIDTH), other=0)
         if BITS < 16:
             k_step = tl.load(k_step_ptr + group * SIZE + channel, mask=there, other=0.0).to(tl.float32)
             k_low = tl.load(k_low_ptr + group * SIZE + channel, mask=there, other=0.0).to(tl.float32)
@@ -129,8 +136,8 @@ def packed_decode_kernel(
         if BITS < 16:
             v_step = tl.load(v_step_ptr + rows, mask=inside, other=0.0).to(tl.float32)
             v_low = tl.load(v_low_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-            factor = tl.load(channel_ptr + group * SIZE + channel, mask=there, other=0.0).to(tl.float32)
-            product = _times_codes(p * v_step, _codes(v, BITS, PRECISION == "tf32x3"), PRECISION)
+            factor = tl.load(channel_ptr + group * SIZE + v_channel, mask=v_there, other=0.0).to(tl.float32)
+            product = _times_codes(p * v_step, _codes(v, VALUE_BITS, PRECISION == "tf32x3"), PRECISION)
             acc = acc * shrink[:, None] + (product + tl.sum(p * v_low, 1)[:, None]) * factor
         else:
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -138,7 +145,7 @@ def packed_decode_kernel(
     saw = total > 0
     acc = acc / tl.where(saw, total, 1.0)[:, None]
     out_row = split.to(tl.int64) * part_rows + (batch * KV_HEADS * GROUP + heads) * queries + query
-    tl.store(out_ptr + out_row[:, None] * SIZE + channel, acc, mask=real[:, None] & there)
+    tl.store(out_ptr + out_row[:, None] * SIZE + v_channel, acc, mask=real[:, None] & v_there)
     tl.store(lse_ptr + out_row, tl.where(saw, top + tl.log2(total), float("-inf")), mask=real)
 
 
@@ -176,12 +183,20 @@ _ANY_SIZE = 64  # the widest tile there is
 
 
 def constants(
-    kv_heads: int, group: int, queries: int, size: int, bits: int, dim: int, dtype: torch.dtype, shared: int
+    kv_heads: int,
+    group: int,
+    queries: int,
+    size: int,
+    bits: int,
+    dim: int,
+    dtype: torch.dtype,
+    shared: int,
+    value_bits: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """(constants of `packed_decode_kernel` but VALID and VISIBLE, launch options) for groups of `size` rows."""
-    fields = 8 // bits if bits < 8 else 1
-    width = dim // fields
-    wide = fields * pad(width, max(1, 16 // fields))
+    value_bits = bits if value_bits is None else value_bits
+    fields = [8 // b if b < 8 else 1 for b in (bits, value_bits)]
+    wide = max(f * pad(dim // f, max(1, 16 // f)) for f in fields)
     # these spill no registers (benchmarks/kernel_resources.py); 64 rows would, and take minutes to compile
     rows = min(pad(group * queries), 32 if wide <= 128 and dtype != torch.float32 else 16)
     tile = min(pad(size), 64 if wide * dtype.itemsize <= 256 else 32)
@@ -191,12 +206,13 @@ def constants(
         "ROWS": rows,
         "TILE": tile,
         "BITS": bits,
-        "WIDTH": width,
+        "VALUE_BITS": value_bits,
+        "SIZE": dim,
         "PAD": wide,
         "PRECISION": precision(dtype),
     }
     codes = tile * wide * dtype.itemsize  # what one operand of a product takes
-    buffers = 2 * tile * (wide // fields if bits < PLAIN else wide * dtype.itemsize)
+    buffers = tile * (sum(wide // f for f in fields) if bits < PLAIN else 2 * wide * dtype.itemsize)
     depth = stages(shared, rows * wide * dtype.itemsize + (codes if bits < PLAIN else 0), buffers)
     warps = 8 if rows > 16 or (bits < 16 and wide * dtype.itemsize > 256) else 4
     return named, {"num_warps": warps, "num_stages": depth, **OPTIONS}
@@ -227,7 +243,9 @@ def attention(
     multiprocessors, shared = gpu(q.device)
     launches = []
     for groups, height, seen in sets:
-        named, options = constants(kv_heads, group, queries, height, groups.bits, dim, q.dtype, shared)
+        named, options = constants(
+            kv_heads, group, queries, height, groups.bits, dim, q.dtype, shared, groups.value_bits
+        )
         tiles = triton.cdiv(group * queries, named["ROWS"])
         items = groups.key_codes.shape[2] * triton.cdiv(groups.size, named["TILE"])
         many = splits or number_of_splits(batch * kv_heads * tiles, items, multiprocessors)
@@ -262,12 +280,11 @@ def _aligned(groups: Groups) -> tuple[list[Tensor | None], int, int]:
     """
     names = ("key_codes", "value_codes", "key_step", "key_low", "value_step", "value_low", "channel", "valid")
     found = [getattr(groups, name) for name in names]
-    size, width = groups.key_codes.shape[3:]
+    size = groups.size
 
     def layout(x: Tensor) -> tuple[int, int] | None:
         inner = x[0, 0]
-        each = size * width if x.dim() == 5 else inner[0].numel()  # numbers of a group
-        unit = width if x.dim() == 5 else each
+        unit = x.shape[4] if x.dim() == 5 else inner[0].numel()  # numbers of a row, or of a group
         if not inner.is_contiguous() or x.stride(0) % unit or x.stride(1) % unit:
             return None
         share = 1 if x.dim() == 5 else size

@@ -36,6 +36,8 @@ class KVQuant(Method):
         Bits of important tokens: 8, 4, 2, or 16 for the model's own precision. With `important=1` those are all.
     other_bits : int
         Bits of all other tokens.
+    value_bits : int, optional
+        The most bits of values: 8, 4 or 2, for packed tokens of any kind. They need fewer than keys. Default: the same.
     important : float
         Share of important tokens, 0 to 1.
     full_layers : int
@@ -63,6 +65,7 @@ class KVQuant(Method):
 
     bits: int = option(4, "bits of important tokens (16: full precision)")
     other_bits: int = option(2, "bits of other tokens, where important < 1")
+    value_bits: int | None = option(None, "most bits of values (default: as keys)")
     important: float = option(1.0, "share of tokens that are important")
     full_layers: int = option(0, "first layers that stay in full precision")
     sinks: int = option(4, "first tokens that stay in full precision")
@@ -82,6 +85,10 @@ class KVQuant(Method):
         for name in ("bits", "other_bits"):
             given = getattr(self, name)
             self.require(given in _WIDTHS, f"{name} must be one of {sorted(_WIDTHS)}, got {given}")
+        self.require(
+            self.value_bits is None or self.value_bits in BITS,
+            f"value_bits must be one of {sorted(BITS)}, or None for those of keys, got {self.value_bits}",
+        )
         self.require(
             self.bits >= self.other_bits or self.important == 1,
             f"important tokens need at least the bits of others, got bits={self.bits}, other_bits={self.other_bits}",
@@ -110,6 +117,7 @@ class KVQuant(Method):
             recent_probes=self.recent_probes,
             random_probes=self.random_probes,
             seed=self.seed,
+            value_bits=self.value_bits,
         )
 
     def keeps_packed(self) -> bool:
@@ -117,7 +125,7 @@ class KVQuant(Method):
 
     def applicable_layers(self, parts: Any) -> tuple[int, ...]:
         layers = plain_attention_layers(self.name, parts)
-        planes = 8 // min(8, *self.policy(self.full_layers).widths)
+        planes = 8 // min(8, self.value_bits or 8, *self.policy(self.full_layers).widths)
         if parts.head_dim % planes:
             raise UnsupportedModelError(
                 f"{self.name}: {parts.model_type} has heads of {parts.head_dim} numbers, which do not fill whole bytes "
