@@ -100,6 +100,7 @@ def cases(capability: int) -> Iterator[Case]:
     ]:
         for bits in widths:
             yield _packed_decode(bits, queries, size, dtype, shared)
+    yield _packed_decode(4, 1, 128, bf16, shared, value_bits=2)
     yield _packed_merge(128)
     for size, bits in [(64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 8)]:
         yield _quantise(bits, size)
@@ -153,12 +154,16 @@ def _scores(size: int, score_block: int, stride: int, queries: int, dtype: torch
     yield Case(module.block_maxima_kernel, tile, size, dtype, maxima, options)
 
 
-def _packed_decode(bits: int, queries: int, size: int, dtype: torch.dtype, shared: int) -> Case:
+def _packed_decode(
+    bits: int, queries: int, size: int, dtype: torch.dtype, shared: int, value_bits: int | None = None
+) -> Case:
     from infer_patch.kernels import packed_attention_triton as module
 
-    constants, options = module.constants(8, 4, queries, 128, bits, size, dtype, shared)
+    constants, options = module.constants(8, 4, queries, 128, bits, size, dtype, shared, value_bits)
     constants |= {"VALID": bits < 16, "VISIBLE": bits == 16}
-    tile = f"{constants['ROWS']} rows, {constants['TILE']} keys in {bits} bits"
+    tile = f"{constants['ROWS']} rows, {constants['TILE']} keys in {bits} bits" + (
+        f", values in {value_bits}" if value_bits else ""
+    )
     types = _PACKED | ({"k_ptr": "u8", "v_ptr": "u8"} if bits < 16 else {})
     return Case(module.packed_decode_kernel, tile, size, dtype, constants, options, wide_out=True, types=types)
 

@@ -82,6 +82,28 @@ def test_packed_decode(widths, sizes, heads, queries, tail, dim, fillers, dtype)
     compare_packed(q, packed, *rows(0, 2, 2, tail, dim, dtype=dtype), visible=visible, splits=(1, 3))
 
 
+@pytest.mark.parametrize(
+    "bits, value_bits, dim, dtype",
+    [
+        (4, 2, 48, torch.float32),
+        (8, 2, 40, torch.float32),
+        (8, 4, 64, torch.float16),
+        (4, 2, 80, torch.float16),
+        (2, 4, 48, torch.float32),
+    ],
+)
+def test_packed_values_in_other_bits_than_keys(bits, value_bits, dim, dtype):
+    packed = [make(0, bits, dim=dim, fillers=True, value_bits=value_bits), make(1, 4, size=16, dim=dim)]
+    q = random(5, 2, 6, 1, dim).to(dtype)
+    compare_packed(q, packed, *rows(0, 2, 2, 9, dim, dtype=dtype), splits=(1, 3))
+
+
+@pytest.mark.parametrize("bits, value_bits", [(4, 2), (8, 2), (2, 8)])
+def test_quantising_values_to_other_bits_than_keys(bits, value_bits):
+    k, v = random(0, 1, 2, 40, 48), random(1, 1, 2, 40, 48)
+    same_groups(k, v, torch.arange(40).view(1, 1, 2, 20), bits, value_bits)
+
+
 @pytest.mark.parametrize("splits", [2, 7, 32])
 def test_packed_any_number_of_splits(splits):
     """32 splits of at most 5 tiles: most find nothing to do. 65 parts: merged in five steps."""
@@ -211,10 +233,11 @@ def test_quantising_data_that_breaks_careless_code(kind, bits):
     same_groups(k, v, torch.arange(20).view(1, 1, 1, 20), bits)
 
 
-def same_groups(k, v, index, bits):
-    expected = quantise_and_pack(k, v, index, bits, implementation="reference").tensors()
+def same_groups(k, v, index, bits, value_bits=None):
+    expected = quantise_and_pack(k, v, index, bits, implementation="reference", value_bits=value_bits).tensors()
     with poisoned_memory():
-        found = quantise_and_pack(there(k), there(v), there(index), bits, implementation="triton").tensors()
+        where = there(k), there(v), there(index)
+        found = quantise_and_pack(*where, bits, implementation="triton", value_bits=value_bits).tensors()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name].cpu(), value), name
