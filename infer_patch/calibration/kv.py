@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,9 +77,10 @@ class Settings:
             raise PatchError(f"the limit on drift must be above 0 nats, got {self.max_drift}")
 
     def widths(self) -> dict[str, KVQuant]:
-        """The choices a layer has besides its own precision, widest first."""
+        """The choices a layer has besides its own precision: "4v2" is keys in 4 bits, values in 2."""
         mixed = KVQuant(bits=4, other_bits=2, important=self.important)
-        return {"8": KVQuant(bits=8), "4": KVQuant(bits=4), "4/2": mixed, "2": KVQuant(bits=2)}
+        narrow_values = KVQuant(bits=4, value_bits=2)
+        return {"8": KVQuant(bits=8), "4": KVQuant(bits=4), "4v2": narrow_values, "4/2": mixed, "2": KVQuant(bits=2)}
 
 
 def cheapest(costs: np.ndarray, limited: np.ndarray, limit: float) -> list[int]:
@@ -118,9 +119,7 @@ def policy_plan(settings: Settings, chosen: dict[int, str], name: str = "kv-poli
     for width, method in settings.widths().items():
         layers = tuple(layer for layer, picked in chosen.items() if picked == width)
         if layers:
-            entries.append(
-                KVQuant(bits=method.bits, other_bits=method.other_bits, important=method.important, layers=layers)
-            )
+            entries.append(replace(method, layers=layers))
     return Plan(tuple(entries), name)
 
 
@@ -256,9 +255,7 @@ class _Calibration:
     def _drift_of_layer(
         self, sample: _Sample, plain: DynamicCache, packed: Sequence[Any], layer: int, method: KVQuant
     ) -> float:
-        one = Plan(
-            (KVQuant(bits=method.bits, other_bits=method.other_bits, important=method.important, layers=(layer,)),)
-        )
+        one = Plan((replace(method, layers=(layer,)),))
         cache = _shared(plain)
         with patch(self.model, one) as handle:
             packed[layer].made_by = None  # not to be copied along
