@@ -22,10 +22,16 @@ def act(
     work: Annotated[
         Path | None, typer.Option(help="Folder for what is measured; the same one again goes on. [OUT without .json]")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of .jsonl files, a dataset each; else generated.")] = None,
-    test: Annotated[Path | None, typer.Option(help="The same, held out: patched against unpatched at the end.")] = None,
-    questions: Annotated[int, typer.Option(help="Generated questions of each dataset.")] = 100,
-    test_questions: Annotated[int, typer.Option(help="Generated held-out questions of each dataset.")] = 100,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of .jsonl files, a dataset each; or hub data sets as NAME:SPLIT, NAME:CONFIGURATION:SPLIT, "
+            "with commas between. Else generated."
+        ),
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="The same, held out: patched against unpatched at the end.")] = None,
+    questions: Annotated[int, typer.Option(help="Questions generated or drawn from the hub, of each dataset.")] = 100,
+    test_questions: Annotated[int, typer.Option(help="The same, held out.")] = 100,
     layers: Annotated[str, typer.Option(help="Layers whose heads are tried, as 2,3,4. [2 to L - 2]")] = "",
     beta: Annotated[float, typer.Option(help="Share of its attention that a sink keeps.")] = 0.4,
     threshold: Annotated[float, typer.Option(help="Mean received attention of a sink.")] = 0.1,
@@ -51,10 +57,14 @@ def act(
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.act import Settings, calibrate
         from infer_patch.calibration.choices import generated, read_questions
+        from infer_patch.calibration.hub_questions import hub_questions
         from infer_patch.evals.loading import load
 
-        asked = generated(False, questions, seed) if data is None else read_questions(data)
-        held_out = read_questions(test) if test is not None else {}
+        def read(where: str, count: int) -> Any:
+            return read_questions(Path(where)) if Path(where).is_dir() else hub_questions(where, count, seed)
+
+        asked = generated(False, questions, seed) if data is None else read(data, questions)
+        held_out = read(test, test_questions) if test is not None else {}
         if data is None and test is None:
             held_out = generated(True, test_questions, seed)
         settings = Settings(
