@@ -13,12 +13,11 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from kv_quality import UNPATCHED, Side, held_bytes, read, sides
+from kv_quality import UNPATCHED, Side, read, sides
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch import Tensor
 from infer_patch.errors import PatchError
 from infer_patch.evals.loading import load
 from infer_patch.evals.needle import NeedleGrid
+from infer_patch.evals.transformers_caches import held_bytes, tensors_in
 from infer_patch.files import replace_file
 from infer_patch.machine import machine
 
@@ -37,26 +37,10 @@ def allocated_bytes(cache: Any) -> int:
     """Bytes of all memory behind the tensors of a cache, places allocated ahead included; shared memory once."""
     found = {}
     for layer in cache.layers:
-        for x in _reachable(vars(layer), set()):
+        for x in tensors_in(vars(layer), _OWN):
             storage = x.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
-
-
-def _reachable(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _reachable(getattr(value, name), seen)
-    elif isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _reachable(part, seen)
-    elif type(value).__module__.startswith(_OWN):
-        yield from _reachable(vars(value), seen)
 
 
 def resident(field: str) -> int | None:
@@ -88,7 +72,7 @@ def long_run(model: Any, side: Side, ids: Tensor, chunk: int, tokens: int) -> di
         for _ in range(tokens):
             last = read(model, last.argmax()[None], cache)
             most = max(most, allocated_bytes(cache))
-        held = held_bytes(cache)
+        held = sum(held_bytes(layer) for layer in cache.layers)
     peak = None if before is None else resident("VmHWM")
     return {"cache_bytes": held, "allocated_bytes": most, "rss_before": before, "rss_peak": peak}
 

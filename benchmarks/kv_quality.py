@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from infer_patch.evals.drift import Distances, distances, pool
 from infer_patch.evals.haystack import score
 from infer_patch.evals.loading import load
 from infer_patch.evals.needle import NeedleGrid
+from infer_patch.evals.transformers_caches import BACKENDS, held_bytes, installed, layer_settings
 from infer_patch.files import replace_file
 from infer_patch.machine import machine
 from infer_patch.patches import KVQuant
@@ -67,46 +67,15 @@ def sides(model: Any, plans: list[str]) -> tuple[list[Side], dict[str, str]]:
 
     rows = [Side(UNPATCHED, fresh), *(Side(name, fresh, lambda p=p: patch(model, p)) for name, p in own.items())]  # type: ignore[misc]
     skipped = {}
-    for backend, package in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
+    for backend, package in BACKENDS.items():
         for bits in (4, 2):
             name = f"transformers {backend}, {bits} bits"
             if not installed(package):
                 skipped[name] = f"the package {package} is not installed"
                 continue
-            settings = {"nbits": bits, "q_group_size": 64, "residual_length": 128}
+            settings = layer_settings(backend, bits)
             rows.append(Side(name, lambda b=backend, s=settings: QuantizedCache(b, model.config, **s)))  # type: ignore[misc]
     return rows, skipped
-
-
-def installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package it is in
-        return False
-
-
-def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor in a cache layer, also those inside tensor subclasses; each once."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
-        for name in value.__tensor_flatten__()[0]:
-            yield from tensors(getattr(value, name), seen)
-    elif isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors(part, seen)
-
-
-def held_bytes(cache: Any) -> int:
-    """Bytes of keys and values in use, with the parameters they need."""
-    total = 0
-    for layer in cache.layers:
-        parts = tensors(vars(layer), set())
-        total += layer.nbytes() if hasattr(layer, "nbytes") else sum(x.numel() * x.element_size() for x in parts)
-    return total
 
 
 def read(model: Any, ids: Tensor, cache: Any) -> Tensor:
@@ -133,7 +102,7 @@ def run(model: Any, side: Side, context: Tensor, question: Tensor, forced: list[
     cache, begin, apart = side.cache(), time.perf_counter(), None
     with side.patched():
         read(model, context, cache)
-        size = held_bytes(cache)
+        size = sum(held_bytes(layer) for layer in cache.layers)
         logits, answer = [read(model, question, cache)], []
         fed = answer if forced is None else forced
         while len(logits) < tokens:

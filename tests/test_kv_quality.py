@@ -47,19 +47,6 @@ def test_every_row_is_measured(script, tiny, capsys):
     assert "kv_quant, 4/2 at 42 %" in said and "Not run: transformers hqq" in said
 
 
-def test_bytes_inside_tensor_subclasses_and_tuples_count(script):
-    class Layer:
-        def __init__(self):
-            self.keys = torch.zeros(2, 3)
-            self.packed = (torch.zeros(5, dtype=torch.uint8), {"scale": torch.zeros(4, dtype=torch.float16)})
-            self.again = self.keys
-
-    class Cache:
-        layers = (Layer(),)
-
-    assert script.held_bytes(Cache()) == 2 * 3 * 4 + 5 + 4 * 2
-
-
 def test_an_answer_goes_on_from_a_copy_as_if_alone(script, tiny):
     """The drift run and the side's own answer share a prefill; neither changes the other."""
     model, _ = tiny

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -46,15 +46,20 @@ def quantised_sides() -> tuple[list[Side], dict[str, str]]:
     sides: list[Side] = []
     skipped = {}
     for backend, package in BACKENDS.items():
-        axes = {"axis_key": AXES[backend], "axis_value": AXES[backend]}
         for bits in (4, 2):
             name = f"{backend}, {bits} bits"
             if installed(package):
-                settings = {"nbits": bits, "q_group_size": GROUP, "residual_length": RESIDUAL, **axes}
-                sides.append(CacheSide(name, partial(_LAYERS[backend], **settings), "transformers"))
+                make = partial(_LAYERS[backend], **layer_settings(backend, bits))
+                sides.append(CacheSide(name, make, "transformers"))
             else:
                 skipped[name] = f"the package {package} is not installed"
     return sides, skipped
+
+
+def layer_settings(backend: str, bits: int) -> dict[str, int]:
+    """Arguments of a quantised layer: groups of 64 numbers, the newest 128 tokens as they are."""
+    axis = AXES[backend]
+    return {"nbits": bits, "axis_key": axis, "axis_value": axis, "q_group_size": GROUP, "residual_length": RESIDUAL}
 
 
 def installed(package: str) -> bool:
@@ -69,19 +74,28 @@ def held_bytes(layer: Any) -> int:
     """Bytes of the keys and values of a cache layer, with the parameters they need."""
     if hasattr(layer, "nbytes"):
         return int(layer.nbytes())
-    return sum(x.numel() * x.element_size() for x in _tensors(vars(layer), set()))
+    return sum(x.numel() * x.element_size() for x in tensors_in(vars(layer)))
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor, also those inside tensor subclasses; each once."""
+def tensors_in(value: Any, modules: tuple[str, ...] = (), seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor in nested containers, also those inside tensor subclasses; each once.
+
+    With `modules`, objects of classes whose module begins with one of them are looked into, too.
+    """
+    seen = set() if seen is None else seen
     if id(value) in seen:
         return
     seen.add(id(value))
+    inner: Iterable[Any] = ()
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _tensors(getattr(value, name), seen)
+        inner = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
     elif isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part, seen)
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    elif modules and type(value).__module__.startswith(modules):
+        inner = vars(value).values()
+    for part in inner:
+        yield from tensors_in(part, modules, seen)

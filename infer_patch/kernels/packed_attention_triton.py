@@ -95,9 +95,11 @@ def packed_decode_kernel(
     there = lane // FIELDS < WIDTH
     channel = lane % FIELDS * WIDTH + lane // FIELDS
     byte = tl.arange(0, PAD_W)
-    v_there = lane // V_FIELDS < V_WIDTH
-    v_channel = lane % V_FIELDS * V_WIDTH + lane // V_FIELDS
-    v_byte = tl.arange(0, V_PAD_W)
+    v_there, v_channel, v_byte = there, channel, byte
+    if VALUE_BITS != BITS:
+        v_there = lane // V_FIELDS < V_WIDTH
+        v_channel = lane % V_FIELDS * V_WIDTH + lane // V_FIELDS
+        v_byte = tl.arange(0, V_PAD_W)
 
     q_at = batch * q_batch + heads.to(tl.int64) * q_head + query * q_row
     q = tl.load(q_ptr + q_at[:, None] + channel, mask=real[:, None] & there, other=0.0)
@@ -115,8 +117,13 @@ def packed_decode_kernel(
         place = j % per * TILE + tl.arange(0, TILE)
         inside = place < size
         rows = first_row + (j // per).to(tl.int64) * size + place
-        k = tl.load(k_ptr + rows[:, None] * WIDTH + byte, mask=inside[:, None] & (byte < WIDTH), other=0)
-        v = tl.load(v_ptr + rows[:, None] * V_WIDTH + v_byte, mask=inside[:, None] & (v_byte < V_WIDTH), other=0)
+        at = rows[:, None] * WIDTH + byte
+        mask = inside[:, None] & (byte < WIDTH)
+        k = tl.load(k_ptr + at, mask=mask, other=0)
+        if VALUE_BITS != BITS:
+            at = rows[:, None] * V_WIDTH + v_byte
+            mask = inside[:, None] & (v_byte < V_WIDTH)
+        v = tl.load(v_ptr + at, mask=mask, other=0)
         if BITS < 16:
             k_step = tl.load(k_step_ptr + group * SIZE + channel, mask=there, other=0.0).to(tl.float32)
             k_low = tl.load(k_low_ptr + group * SIZE + channel, mask=there, other=0.0).to(tl.float32)
