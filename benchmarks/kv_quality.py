@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
+from transformers.cache_utils import QuantizedLayer
 
 from infer_patch import Plan, patch
 from infer_patch.errors import PatchError
@@ -73,7 +74,7 @@ def sides(model: Any, plans: list[str]) -> tuple[list[Side], dict[str, str]]:
             if not installed(package):
                 skipped[name] = f"the package {package} is not installed"
                 continue
-            settings = layer_settings(backend, bits)
+            settings = layer_settings(bits)
             rows.append(Side(name, lambda b=backend, s=settings: QuantizedCache(b, model.config, **s)))  # type: ignore[misc]
     return rows, skipped
 
@@ -121,9 +122,19 @@ def run(model: Any, side: Side, context: Tensor, question: Tensor, forced: list[
 
 
 def twin(cache: Any) -> Any:
-    """A copy of a cache that grows by itself. Layers name the method that made them: that is not copied."""
-    makers = [layer.made_by for layer in cache.layers if getattr(layer, "made_by", None) is not None]
-    return copy.deepcopy(cache, {id(maker): maker for maker in makers})
+    """A copy of a cache that grows by itself."""
+    copied = copy.copy(cache)
+    copied.layers = [_twin_layer(layer) for layer in cache.layers]
+    return copied
+
+
+def _twin_layer(layer: Any) -> Any:
+    """Layers of transformers' quantised caches hold tensors that cannot be copied, and never write into one. Ours name
+    the method that made them, which is not copied."""
+    if isinstance(layer, QuantizedLayer):
+        return copy.copy(layer)
+    maker = getattr(layer, "made_by", None)
+    return copy.deepcopy(layer, {} if maker is None else {id(maker): maker})
 
 
 def measure(model: Any, tokenizer: Any, rows: list[Side], task: NeedleGrid, say: Callable[[str], None]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import DynamicCache
+from transformers.cache_utils import QuantizedLayer
 
 from infer_patch.evals.needle import NeedleGrid
 
@@ -61,3 +63,35 @@ def test_an_answer_goes_on_from_a_copy_as_if_alone(script, tiny):
     assert torch.equal(forced.logits[:21], alone.logits[:21]) and not torch.equal(forced.logits[21:], alone.logits[21:])
     same = script.run(model, side, ids[:380], ids[380:], alone.answer, 100)
     assert same.answer == alone.answer and torch.equal(same.logits, alone.logits)
+
+
+class Held:
+    """Codes of a backend whose tensors cannot be copied."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("not to be copied")
+
+
+class Backend(QuantizedLayer):
+    def _quantize(self, tensor, axis):
+        return Held(tensor)
+
+    def _dequantize(self, held):
+        return held.x
+
+
+def test_quantised_layers_of_transformers_go_on_apart(script):
+    cache = DynamicCache()
+    cache.layers = [Backend(residual_length=4)]
+    new = torch.arange(8.0).view(1, 1, 4, 2)
+    for tokens in (new, new[:, :, :2]):
+        cache.update(tokens, tokens, 0)
+    apart = script.twin(cache)
+    for _ in range(3):  # packs again
+        apart.update(-new, -new, 0)
+    assert (cache.get_seq_length(), apart.get_seq_length()) == (6, 18)
+    seen, _ = cache.update(new[:, :, :1], new[:, :, :1], 0)
+    assert torch.equal(seen, torch.cat([new, new[:, :, :2], new[:, :, :1]], 2))

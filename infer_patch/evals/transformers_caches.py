@@ -14,7 +14,6 @@ from infer_patch.evals.attention_sides import Side, sdpa
 
 RESIDUAL, GROUP = 128, 64  # tokens kept as they are, elements that share parameters
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}  # and the packages they need
-AXES = {"quanto": 0, "hqq": 1}  # what transformers' documentation advises
 _LAYERS: dict[str, Any] = {"quanto": QuantoQuantizedLayer, "hqq": HQQQuantizedLayer}
 
 
@@ -49,17 +48,17 @@ def quantised_sides() -> tuple[list[Side], dict[str, str]]:
         for bits in (4, 2):
             name = f"{backend}, {bits} bits"
             if installed(package):
-                make = partial(_LAYERS[backend], **layer_settings(backend, bits))
+                make = partial(_LAYERS[backend], **layer_settings(bits))
                 sides.append(CacheSide(name, make, "transformers"))
             else:
                 skipped[name] = f"the package {package} is not installed"
     return sides, skipped
 
 
-def layer_settings(backend: str, bits: int) -> dict[str, int]:
-    """Arguments of a quantised layer: groups of 64 numbers, the newest 128 tokens as they are."""
-    axis = AXES[backend]
-    return {"nbits": bits, "axis_key": axis, "axis_value": axis, "q_group_size": GROUP, "residual_length": RESIDUAL}
+def layer_settings(bits: int) -> dict[str, int]:
+    """Arguments of a quantised layer: groups of 64 numbers, the newest 128 tokens as they are, and transformers'
+    default axis (with axis 1, hqq refuses 2 bits at most lengths)."""
+    return {"nbits": bits, "q_group_size": GROUP, "residual_length": RESIDUAL}
 
 
 def installed(package: str) -> bool:
