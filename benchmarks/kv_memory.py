@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=200, help="tokens generated")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--only", action="append", default=[], help="these rows only; may be given again")
     parser.add_argument("--side", help="measure this row only, here, and print it as JSON")
     given = parser.parse_args(arguments)
     if given.side is not None:
@@ -115,7 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     passed = [f"--{name}={getattr(given, name)}" for name in ("model", "length", "chunk", "tokens", "dtype")]
     passed += [f"--plan={plan}" for plan in given.plan]
     model, _ = load(given.model, "cpu", given.dtype)
-    names = [side.name for side in sides(model, given.plan)[0]]
+    names = [side.name for side in sides(model, given.plan)[0] if not given.only or side.name in given.only]
+    if len(names) < len(given.only):
+        raise PatchError(f"no row is called {', '.join(sorted(set(given.only) - set(names)))}.")
     del model
     found = {}
     for name in names:
