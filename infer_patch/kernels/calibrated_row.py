@@ -55,10 +55,8 @@ def lower_row(
     mass = p.new_zeros(batch * heads).index_add_(0, row, p).view(batch, heads, 1, 1)
     part = p.new_zeros(batch * heads, v.shape[-1]).index_add_(0, row, p[:, None] * values.float())
     c = 1 + (1 - beta) * mass / (1 - mass).clamp(min=EPSILON)
-    new, changed = (
-        torch.addcmul(c * output, beta - c, part.view(batch, heads, 1, -1)),
-        mass.squeeze(-1) > 0,
-    )  # without mass, c is 1 and part 0
+    new = torch.addcmul(c * output, beta - c, part.view(batch, heads, 1, -1))
+    changed = mass.squeeze(-1) > 0  # without mass, c is 1 and part 0
     limit = LARGEST_FACTOR.get(output.dtype, 4.0)
     if float(c.max()) > limit:  # nearly everything is on listed keys: such rows are computed afresh
         columns = torch.zeros_like(a, dtype=torch.bool)
