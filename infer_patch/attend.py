@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from infer_patch.attention import LazyMask, Port
+from infer_patch.dense_lse import dense_with_lse
 from infer_patch.errors import UnsupportedCallError
 from infer_patch.kernels.block_mask import BlockMask, causal_blocks
 from infer_patch.kernels.block_sparse_attention import block_sparse_attention
@@ -63,7 +64,13 @@ def attend(
     if output is None:
         if inputs.view.positions is not None:  # flash-attn would take gaps between positions for several texts
             kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
-        output, weights = port.dense(module, q, inputs.k, inputs.v, _dense_mask(inputs, mask), **kwargs)
+        dense_mask, both = _dense_mask(inputs, mask), None
+        if any(runtime.reads_lse for runtime in engine.calibrators.get(layer, ())):
+            both = dense_with_lse(port.dense, module, q, inputs.k, inputs.v, dense_mask, kwargs)
+        if both is not None:
+            output, inputs.lse = both
+        else:
+            output, weights = port.dense(module, q, inputs.k, inputs.v, dense_mask, **kwargs)
     if held is not None:
         held.attended(inputs)
     for runtime in engine.calibrators.get(layer, ()):

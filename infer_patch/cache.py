@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from infer_patch.availability import crop_is_relative
-from infer_patch.cache_memory import GRANULE, grown, tensors_in
+from infer_patch.cache_memory import GRANULE, grown, tensor_bytes
 from infer_patch.errors import UnsupportedCallError
 from infer_patch.tokens import INVALID, Reduction, Tokens
 
@@ -285,7 +285,7 @@ class IndexedLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes of the rows held and of what methods keep beside them (not of the space allocated ahead)."""
-        return sum(t.numel() * t.element_size() for t in tensors_in([self.keys, self.values, self.state, self.memory]))
+        return tensor_bytes((self.keys, self.values, self.state, self.memory))
 
     def bytes_by_precision(self) -> dict[str, int]:
         """`nbytes` by the name of the dtype or the width ("bfloat16", "4 bits")."""

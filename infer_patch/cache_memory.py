@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -18,18 +17,17 @@ def cache_bytes(cache: Cache | None) -> int:
         if hasattr(layer, "nbytes"):  # our own know what else they hold
             total += layer.nbytes()
         else:
-            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+            total += tensor_bytes((getattr(layer, "keys", None), getattr(layer, "values", None)))
     return total
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(part)
+def tensor_bytes(value: Any) -> int:
+    """Bytes of every tensor in nested containers, and of everything else that counts its own (`nbytes`)."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return int(getattr(value, "nbytes", 0))
+    return sum(map(tensor_bytes, value))
 
 
 def grown(held: Tensor, rows: int) -> Tensor:

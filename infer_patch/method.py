@@ -132,6 +132,7 @@ class Runtime:
     observes: frozenset[int] = frozenset()
     watches: frozenset[int] = frozenset()
     any_mask = False  # does `calibrate` serve layers whose own mask is more than causal (`call.ordered`)?
+    reads_lse = False  # does `calibrate` make use of `call.lse`, where the model's own attention can tell it?
     reads_images = False  # does it need `tokens.image`? Methods with a reduce port get it anyway
     packs = False  # do tokens that it drops at layer 0 give up their positions to those behind them?
 

@@ -14,6 +14,7 @@ from transformers import Cache
 from infer_patch.attention import LazyMask
 from infer_patch.cache import IndexedLayer, KeyView
 from infer_patch.errors import UnsupportedCallError
+from infer_patch.row_edits import RowEdit
 from infer_patch.tokens import Reduction, Tokens
 
 
@@ -26,7 +27,9 @@ class AttentionCall:
     reordered, dropped or are new; `notes` last as long as the cache, for all its samples; `memory` is a dict for each
     sample, which follows it through beams (`IndexedLayer.memory_of`). `positions` [b, S] are logical indices. What a
     method adds to `counts` is summed up for the report. `ordered` is False where the model's own mask is more than
-    causal: some tokens look forward, say.
+    causal: some tokens look forward, say. `lse` [b, H, T] is the log-sum-exp of the rows, where the model's own
+    attention told it (asked for with `reads_lse`). `edits` are what methods before did to the probabilities; a method
+    appends its own for those after it.
     """
 
     q: Tensor
@@ -43,6 +46,8 @@ class AttentionCall:
     counts: dict[str, Any] = field(default_factory=dict)
     query_rows: slice = field(default_factory=lambda: slice(None))
     ordered: bool = True
+    lse: Tensor | None = None
+    edits: list[RowEdit] = field(default_factory=list)
 
     @property
     def past(self) -> int:
@@ -121,6 +126,8 @@ class LayerInputs:
     v: Tensor
     scale: float
     ordered: bool = True
+    lse: Tensor | None = None
+    edits: dict[tuple[int, ...], list[RowEdit]] = field(default_factory=dict)  # by the samples of a call
 
     def calls(self) -> Iterator[AttentionCall]:
         """Samples that are padded alike, with their padding cut off."""
@@ -139,26 +146,36 @@ class LayerInputs:
             if rows.start >= rows.stop:
                 continue  # nothing but padding
             here = index_of(samples)
+            q, k, v, lse = self.q, self.k, self.v, self.lse
+            if len(samples) < batch or stop - start < n:
+                q, k, v = q[here, :, rows], k[here, :, start:stop], v[here, :, start:stop]
+                lse = None if lse is None else lse[here, :, rows]
             yield AttentionCall(
-                q=self.q[here, :, rows],
-                k=self.k[here, :, start:stop],
-                v=self.v[here, :, start:stop],
+                q=q,
+                k=k,
+                v=v,
                 scale=self.scale,
                 samples=samples,
                 tokens=self.run.tokens,
-                positions=self._positions(here, start, stop),
+                positions=self._positions(samples, start, stop),
                 evicted=gone,
                 state={} if held is None else held.state.setdefault((start, *samples), {}),
                 notes={} if held is None else held.notes,
                 memory=[{} if held is None else held.memory_of(sample) for sample in samples],
                 query_rows=rows,
                 ordered=self.ordered,
+                lse=lse,
+                edits=self.edits.setdefault(tuple(samples), []),
             )
 
-    def _positions(self, here: Any, start: int, stop: int) -> Tensor:
-        if self.view.positions is None:
-            return self.run.every_row(self.k.shape[2])[0][here, start:stop].to(self.k.device)
-        return self.view.positions[here, start:stop]
+    def _positions(self, samples: list[int], start: int, stop: int) -> Tensor:
+        if self.view.positions is not None:
+            return self.view.positions[index_of(samples), start:stop]
+        shared, device, rows = self.run.tokens.shared, self.k.device, self.k.shape[2]
+        key = ("positions", rows, start, stop, device, *samples)
+        if key not in shared:
+            shared[key] = self.run.every_row(rows)[0][index_of(samples), start:stop].to(device)
+        return shared[key]
 
 
 def index_of(samples: list[int]) -> Any:

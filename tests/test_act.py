@@ -8,10 +8,10 @@ import torch
 from miniatures import GREEDY, MINIATURES, text_inputs
 
 import infer_patch
+from infer_patch import column_sums
 from infer_patch.errors import PlanError, UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_lists import read_heads
 from infer_patch.patches import ACT, SinkWindow
-from infer_patch.patches import act as act_file
 from infer_patch.patches.act import calibrate_rows, find_sinks, received_attention, without_spared
 from infer_patch.run import AttentionCall
 
@@ -204,7 +204,7 @@ def test_rows_that_are_taken_back_leave_no_trace(decode, drafted):
 
 
 def test_more_taken_back_than_is_known(monkeypatch):
-    monkeypatch.setattr(act_file, "RECENT", 4)
+    monkeypatch.setattr(column_sums, "RECENT", 4)
     method, (q, k, v) = ACT(**LOW), draw()
     runtime, memory = method.runtime(PARTS, (0,)), [{}, {}]
     run(method, (q, k, v), [30, 2], runtime, memory)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from test_act import HEADS, LOW, PARTS, call, draw, run
+from test_act import HEADS, LOW, PARTS, call, draw
 
 from infer_patch.kernels.calibrated_attention import lower_columns, reference_probabilities
 from infer_patch.kernels.calibrated_row import lower_row
 from infer_patch.kernels.row_attention import newest_row, row_lse
 from infer_patch.patches import ACT
-from infer_patch.patches import act as act_file
 
 
 def inputs(batch, kv_heads, kv, dtype=torch.float32, keys=60):
@@ -36,32 +35,6 @@ def test_one_row_equals_the_columns_lowered(batch, kv_heads, kv, dtype, toleranc
     assert (a[..., 5] > 0.9).any()  # such rows are computed afresh
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
     assert torch.equal(found[0, 0], output[0, 0])
-
-
-@pytest.mark.parametrize("spare", ["first_detected", "first_token"])
-@pytest.mark.parametrize("min_queries", [1, 6])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_steps_equal_rows_that_come_together(spare, min_queries, batch):
-    method = ACT(**LOW, spare=spare, min_queries=min_queries)
-    tensors = [x[:batch] for x in draw()]
-    together, _, one = run(method, tensors, [30, 10])
-    singly, _, other = run(method, tensors, [30, *[1] * 10])
-    torch.testing.assert_close(singly, together, atol=1e-5, rtol=1e-4)
-    for a, b in zip(one, other):
-        (a,), (b,) = a.values(), b.values()
-        torch.testing.assert_close(a.sums, b.sums, atol=1e-5, rtol=1e-4)
-        for x, y in zip(zip(*a.recent), zip(*b.recent)):
-            torch.testing.assert_close(torch.cat(x, 1), torch.cat(y, 1), atol=1e-5, rtol=1e-4)
-
-
-def test_few_pieces_of_recent_rows_are_kept(monkeypatch):
-    """However many steps: every step counts the cache's bytes, piece by piece."""
-    monkeypatch.setattr(act_file, "RECENT", 12)
-    _, _, memory = run(ACT(**LOW), draw(), [10, *[1] * 30])
-    for sample in memory:
-        (kept,) = sample.values()
-        assert len(kept.recent) <= act_file._PIECES
-        assert 12 <= sum(lse.shape[1] for _, lse in kept.recent) <= 12 + act_file._PIECES
 
 
 def test_gradients_after_inference_mode():

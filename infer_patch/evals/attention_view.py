@@ -102,8 +102,11 @@ def _copied(value: Any) -> Any:
     """A copy down to the tensors. Keys are shared: methods use their runtimes as keys."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_copied, value))
+    if isinstance(value, tuple):
+        items = [_copied(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
     return value.clone() if isinstance(value, Tensor) else value
 
 

@@ -69,11 +69,17 @@ def per_key_head(rows: Tensor, matrix: Tensor, kv: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def lse_and_column_sums(
-    q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float, implementation: str | None = None
+    q: Tensor,
+    k: Tensor,
+    kv: tuple[int, ...],
+    scale: float,
+    lse: Tensor | None = None,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LSE_i and sum_i A_ij of causal attention: q [b, h, T, D], k [b, H_kv, S, D] -> fp32 [b, h, T] and [b, h, S].
 
-    The T queries are those of the last T keys. One product of queries and keys; two in Triton, where LSE come first.
+    The T queries are those of the last T keys; `lse` may be known. One product of queries and keys; two in Triton,
+    where LSE come first.
     """
     if choose(implementation, FACES, q, k) == "triton":
         from infer_patch.kernels import calibrated_triton
@@ -83,7 +89,7 @@ def lse_and_column_sums(
     batch, heads, rows, _ = q.shape
     keys = k.shape[2]
     past = keys - rows
-    lse = torch.empty(batch, heads, rows, device=q.device)
+    found = torch.empty(batch, heads, rows, device=q.device) if lse is None else lse
     sums = torch.zeros(batch, heads, keys, device=q.device)
     blocks = list(row_blocks(batch, 2, rows, keys, q.device))  # half of one, a head at a time: stays in fast memory
     room = torch.empty(batch * blocks[0].stop * keys, device=q.device)
@@ -95,11 +101,14 @@ def lse_and_column_sums(
             z = room[: batch * count * visible].view(batch, count, visible)
             torch.bmm(scale * q[:, head, here].float(), columns[..., :visible], out=z)
             z[..., past + here.start :].masked_fill_(later[:count, :count], float("-inf"))
-            top = z.amax(-1)
-            torch.softmax(z, -1, out=z)
-            lse[:, head, here] = top - z.amax(-1).log()  # the largest probability is exp(top - LSE)
+            if lse is not None:
+                z.sub_(lse[:, head, here, None]).exp_()
+            else:
+                top = z.amax(-1)
+                torch.softmax(z, -1, out=z)
+                found[:, head, here] = top - z.amax(-1).log()  # the largest probability is exp(top - LSE)
             sums[:, head, :visible] += z.sum(1)
-    return lse, sums
+    return found, sums
 
 
 def row_lse(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float) -> Tensor:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infer_patch.column_sums import ColumnSums
 from infer_patch.errors import UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_lists import HeadList, is_number, read_heads
 from infer_patch.kernels import row_attention as rows_of
-from infer_patch.kernels.calibrated_attention import lower_columns, lowered_probabilities
-from infer_patch.kernels.calibrated_row import lower_row
+from infer_patch.kernels.calibrated_attention import LARGEST_FACTOR, lower_columns, lowered_probabilities
+from infer_patch.kernels.sink_candidates import SinkCandidates, SinkRule
 from infer_patch.method import Method, Runtime, option, register
+from infer_patch.row_edits import attended, edited_rows
 from infer_patch.selection import plain_attention_layers
 
-RECENT = 256  # rows that can be taken back (crop) at least
-_PIECES = 8  # calls whose rows are kept apart
 _REMEDY = "Make one with `infer-patch calibrate act`, or give `heads` as (layer, head) pairs."
 
 
@@ -147,26 +149,19 @@ def _wants_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-class _Columns(NamedTuple):
-    """What is kept of one sample in one layer: column sums [h, S] of all rows so far; queries [h, t, D] and LSE [h, t]
-    of recent rows, which tell what a row that is taken back had added; and S' of the prompt for `frozen`, [h, S']."""
-
-    sums: Tensor
-    recent: tuple[tuple[Tensor, ...], ...]
-    frozen: Tensor
-
-
 class _ACT(Runtime):
     config: ACT
+    reads_lse = True
 
     def __init__(self, config: ACT, parts: Any, layers: tuple[int, ...]):
         super().__init__(config, parts, layers)
         group = parts.num_heads // parts.num_kv_heads
         listed = config.head_list().heads
         self.heads = {layer: listed[layer] for layer in layers}
-        self._indices: dict[Any, tuple[Tensor, ...]] = {}
-        self._seen_by = torch.empty(0)
         self.kv = {layer: tuple(h // group for h in heads) for layer, heads in self.heads.items()}
+        self._rule = SinkRule(config.beta, config.spare, config.min_queries)
+        self._every_head = rows_of.key_heads(parts.num_heads, parts.num_kv_heads)
+        self._indices: dict[Any, Tensor] = {}
 
     def calibrate(self, layer: int, call: Any, output: Tensor) -> Tensor | str:
         config = self.config
@@ -174,128 +169,166 @@ class _ACT(Runtime):
             return "beta is 1"
         if call.past and config.decode == "off":
             return "rows after the prompt are left as they are: decode is off"
-        heads = self._index(layer, output.device)[0]
-        q, chosen = call.q.index_select(1, heads), output.index_select(1, heads)
-        if call.past == 0:
-            new, rows = self._prompt(layer, call, q, chosen)
-        else:
+        known: list[ColumnSums] = []
+        if call.past:
             held = [memory.pop(self, None) for memory in call.memory]
             known = [self._cropped(x, call, i, layer) for i, x in enumerate(held) if x is not None]
-            if len(known) < len(held) or any(x.sums.shape[-1] != call.past for x in known):
+            if len(known) < len(held) or any(x.rows != call.past for x in known):
                 return "not all rows so far were read under this plan"
-            later = self._frozen if config.decode == "frozen" else self._running
-            if later == self._running and q.shape[2] == 1 and not q.is_cuda and not _wants_gradients(call.q, output):
-                later = self._step
-            new, rows = later(layer, call, q, chosen, known)
-        call.counts["rows"] = rows.sum()
+            single = call.q.shape[2] == 1 and call.q.device.type == "cpu" and not _wants_gradients(call.q, output)
+            if single and config.decode == "running" and not call.edits:
+                corrected, call.counts["rows"] = self._step(layer, call, output, known)
+                return corrected
+        heads = self._index(layer, output.device)
+        q, chosen = call.q.index_select(1, heads), output.index_select(1, heads)
+        if call.past == 0:
+            new, call.counts["rows"] = self._prompt(layer, call, q, chosen)
+        elif config.decode == "frozen":
+            new, call.counts["rows"] = self._frozen(layer, call, q, chosen, known)
+        else:
+            new, call.counts["rows"] = self._running(layer, call, q, chosen, known)
         return output.index_copy(1, heads, new)
 
-    def _index(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
-        """The chosen query heads of a layer, and the key head of each."""
+    def _index(self, layer: int, device: torch.device) -> Tensor:
+        """The chosen query heads of a layer."""
         if (layer, device) not in self._indices:
             with torch.inference_mode(False):  # they may serve calls with gradients later
-                self._indices[layer, device] = torch.tensor([self.heads[layer], self.kv[layer]], device=device).unbind()
+                self._indices[layer, device] = torch.tensor(self.heads[layer], device=device)
         return self._indices[layer, device]
 
     def _threshold(self, keys: Any) -> Any:
         return self.config.threshold / (keys if self.config.threshold_mode == "relative" else 1)
 
+    def _known_lse(self, layer: int, call: Any) -> Tensor | None:
+        """Log-sum-exp of the chosen heads' rows, [b, h, T], if the model's own attention told it."""
+        return None if call.lse is None else call.lse.index_select(1, self._index(layer, call.lse.device))
+
+    def _edited(self, layer: int, call: Any, q: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        return edited_rows(q, call.k, self.heads[layer], self.kv[layer], call.scale, call.edits)
+
     def _prompt(self, layer: int, call: Any, q: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        config, keys = self.config, call.k.shape[2]
-        lse, sums = rows_of.lse_and_column_sums(q, call.k, self.kv[layer], call.scale)
+        config, kv, keys = self.config, self.kv[layer], call.k.shape[2]
+        lse = last = None
+        if call.edits:
+            sums = torch.zeros(*q.shape[:2], keys, device=q.device)
+            for _, a in self._edited(layer, call, q):
+                last = a.detach()
+                sums[:, :, : a.shape[-1]] += last.sum(2)
+        else:
+            lse, sums = rows_of.lse_and_column_sums(q, call.k, kv, call.scale, self._known_lse(layer, call))
         seen_by = torch.arange(keys, 0, -1, device=q.device)
         sinks = find_sinks(received_attention(sums, seen_by), seen_by, self._threshold(keys), config.min_queries)
         listed = without_spared(sinks, config.spare)
         call.counts["calibrated_columns"] = listed.sum()
-        self._keep(call, sums, (), q, lse, listed)
-        return lower_columns(output, q, call.k, call.v, self.kv[layer], listed, config.beta, call.scale, lse)
+        self._keep(call, [ColumnSums.none(frozen) for frozen in listed], q, sums, lse, last)
+        if not call.edits:
+            new, rows = lower_columns(output, q, call.k, call.v, kv, listed, config.beta, call.scale, lse)
+            return new, rows.sum()
+        return self._lowered(layer, call, q, output, listed)
 
-    def _step(self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[_Columns]) -> tuple[Tensor, Tensor]:
-        """What `_running` does, for one row of each sample: every operation counts here."""
-        config, kv, keys = self.config, self.kv[layer], call.k.shape[2]
-        a, lse = rows_of.newest_row(q, call.k, kv, call.scale)
-        sums = a.clone()
-        sums[..., :-1].add_(known[0].sums if len(known) == 1 else torch.stack([x.sums for x in known]))
-        seen_by = self._seen_by
-        if len(seen_by) != keys or seen_by.device != q.device:
-            self._seen_by = seen_by = torch.arange(keys, 0, -1, dtype=torch.float32, device=q.device)  # for every layer
-        sinks = sums / seen_by > self._threshold(keys)
-        if config.min_queries > 1:
-            sinks[..., 1 - config.min_queries :] = False
-        if config.spare == "first_token":
-            sinks[..., 0] = False
-        else:
-            sinks.scatter_(-1, sinks.view(torch.uint8).argmax(-1, keepdim=True), False)
-        self._keep(call, sums, [x.recent for x in known], q, lse, [x.frozen for x in known])
-        listed = sinks.flatten(0, 1).nonzero(as_tuple=True)
-        if len(listed[0]) == 0:
-            return output, torch.zeros_like(lse, dtype=torch.bool)
-        return lower_row(output, a, call.v, kv, self._index(layer, q.device)[1], listed, config.beta)
+    def _lowered(self, layer: int, call: Any, q: Tensor, output: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns `listed` [b, h, S] of edited rows lowered."""
+        parts, count = [], torch.zeros((), dtype=torch.long, device=q.device)
+        for here, a in self._edited(layer, call, q):
+            lowered, rows = lowered_probabilities(a, listed[:, :, None, : a.shape[-1]], self.config.beta)
+            new = attended(lowered, call.v, self.kv[layer]).to(output.dtype)
+            parts.append(torch.where(rows[..., None], new, output[:, :, here]))
+            count = count + rows.sum()
+        return torch.cat(parts, 2), count
+
+    def _step(self, layer: int, call: Any, output: Tensor, known: list[ColumnSums]) -> tuple[Tensor, int]:
+        """What `_running` does, for one row of each sample of whole outputs: by the few keys that can be sinks."""
+        kv, heads, scale = self.kv[layer], list(self.heads[layer]), call.scale
+        threshold, limit = self._threshold(call.k.shape[2]), LARGEST_FACTOR.get(output.dtype, 4.0)
+        corrected = output.to(torch.float32, copy=True)
+        new, q = corrected.numpy(), call.q.float().numpy()
+        own_k, own_v = (x[:, :, -1].float().numpy() for x in (call.k, call.v))
+        lse = call.lse if call.lse is not None else rows_of.row_lse(call.q, call.k, self._every_head, scale)
+        lses, count = lse.numpy(), 0
+        for i, (memory, held) in enumerate(zip(call.memory, known)):
+            held = held.with_candidates(call.k[i], call.v[i], kv, scale, threshold)
+            row, query, own_lse = new[i, heads, 0], q[i, heads, 0], lses[i, heads, 0]
+            candidates = cast(SinkCandidates, held.candidates)
+            changed, largest = candidates.lowered_row(
+                row, scale * query, own_k[i, kv], own_v[i, kv], own_lse, threshold, self._rule
+            )
+            if largest > limit:
+                changed, row = self._afresh(layer, call, output, i, candidates.listed())
+            if changed:
+                new[i, heads, 0] = row
+            count += changed
+            kept = torch.from_numpy(query)[:, None], torch.from_numpy(own_lse)[:, None]
+            memory[self] = held.with_rows(*kept, held.sums, candidates)
+        return corrected.to(output.dtype), count
+
+    def _afresh(self, layer: int, call: Any, output: Tensor, i: int, listed: Tensor) -> tuple[int, np.ndarray]:
+        """One row of sample i with nearly everything on listed keys [h, S]: not from the plain output."""
+        heads, here = list(self.heads[layer]), slice(i, i + 1)
+        q, plain, k, v = call.q[here, heads], output[here, heads], call.k[here], call.v[here]
+        new, rows = lower_columns(plain, q, k, v, self.kv[layer], listed[None], self.config.beta, call.scale)
+        return int(rows.sum()), new[0, :, 0].detach().float().numpy()
 
     def _running(
-        self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[_Columns]
+        self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[ColumnSums]
     ) -> tuple[Tensor, Tensor]:
         """Every row by the column sums up to it, as if the rows came one by one."""
-        config, kv, (batch, heads, count, _) = self.config, self.kv[layer], q.shape
+        config, kv, count = self.config, self.kv[layer], q.shape[2]
+        known = [x.settled(call.k[i, :, : call.past], kv, call.scale) for i, x in enumerate(known)]
         sums = F.pad(torch.stack([x.sums for x in known]), (0, count))
-        parts, changed, lses = [], [], []
-        for here in rows_of.row_blocks(batch, heads, count, call.k.shape[2], q.device):
-            z = rows_of.scores(q[:, :, here], call.k, kv, call.scale, call.past + here.start)
-            lse = z.logsumexp(-1, keepdim=True)
-            a, visible = (z - lse).exp(), z.shape[-1]
-            so_far = sums[:, :, None, :visible] + a.detach().cumsum(2)
-            number = torch.arange(visible - z.shape[2] + 1, visible + 1, device=q.device)[:, None]  # keys a row sees
+        parts, last = [], None
+        changed = torch.zeros((), dtype=torch.long, device=q.device)
+        for here, a in self._edited(layer, call, q):
+            visible, last = a.shape[-1], a.detach()
+            so_far = sums[:, :, None, :visible] + last.cumsum(2)
+            number = torch.arange(visible - a.shape[2] + 1, visible + 1, device=q.device)[:, None]  # keys a row sees
             seen_by = number - torch.arange(visible, device=q.device)
             received = received_attention(so_far, seen_by)
             sinks = find_sinks(received, seen_by, self._threshold(number), config.min_queries)
             listed, plain = without_spared(sinks, config.spare), output[:, :, here]
-            rows = torch.zeros_like(lse[..., 0], dtype=torch.bool)
             if bool(listed.any()):
                 lowered, rows = lowered_probabilities(a, listed, config.beta)
-                new = rows_of.per_key_head(lowered, call.v[:, :, :visible], kv).to(output.dtype)
-                plain = torch.where(rows[..., None], new, plain)
+                plain = torch.where(rows[..., None], attended(lowered, call.v, kv).to(output.dtype), plain)
+                changed = changed + rows.sum()
             parts.append(plain)
-            changed.append(rows)
-            lses.append(lse.squeeze(-1))
             sums[:, :, :visible] = so_far[:, :, -1]
-        self._keep(call, sums, [x.recent for x in known], q, torch.cat(lses, 2), [x.frozen for x in known])
-        return torch.cat(parts, 2), torch.cat(changed, 2)
+        lse = None if call.edits else self._known_lse(layer, call)
+        if lse is None and not call.edits:
+            lse = rows_of.row_lse(q.detach(), call.k.detach(), kv, call.scale)
+        self._keep(call, known, q, sums, lse, last)
+        return torch.cat(parts, 2), changed
 
-    def _frozen(self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[_Columns]) -> tuple[Tensor, Tensor]:
+    def _frozen(
+        self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[ColumnSums]
+    ) -> tuple[Tensor, Tensor]:
         """Every row by the sinks of the prompt."""
-        keys = call.k.shape[2]
-        listed = torch.stack(
-            [F.pad(x.frozen[:, : call.past], (0, keys - min(x.frozen.shape[-1], call.past))) for x in known]
-        )
-        sums = F.pad(torch.stack([x.sums for x in known]), (0, q.shape[2]))  # their length counts the rows so far
-        lse = rows_of.row_lse(q.detach(), call.k.detach(), self.kv[layer], call.scale)
-        self._keep(call, sums, [x.recent for x in known], q, lse, [x.frozen[:, : call.past] for x in known])
-        return lower_columns(output, q, call.k, call.v, self.kv[layer], listed, self.config.beta, call.scale, lse)
+        keys, kv = call.k.shape[2], self.kv[layer]
+        listed = torch.stack([F.pad(x.frozen, (0, keys - x.frozen.shape[-1])) for x in known])
+        for memory, held in zip(call.memory, known):
+            memory[self] = held.only_counted(q.shape[2])
+        if call.edits:
+            return self._lowered(layer, call, q, output, listed)
+        lse = self._known_lse(layer, call)
+        new, rows = lower_columns(output, q, call.k, call.v, kv, listed, self.config.beta, call.scale, lse)
+        return new, rows.sum()
 
-    def _keep(self, call: Any, sums: Tensor, recent: Any, q: Tensor, lse: Tensor, frozen: Any) -> None:
-        if q.shape[2] > RECENT:
-            q, lse = q[:, :, -RECENT:].clone(), lse[:, :, -RECENT:].clone()
-        q, lse = q.detach(), lse.detach()
-        for i, memory in enumerate(call.memory):
-            rows = (*(recent[i] if recent else ()), (q[i], lse[i]))
-            if len(rows) > _PIECES:
-                rows = (tuple(torch.cat(x, 1)[:, -RECENT:] for x in zip(*rows)),)
-            memory[self] = _Columns(sums[i], rows, frozen[i])
+    def _keep(
+        self, call: Any, known: Sequence[ColumnSums], q: Tensor, sums: Tensor, lse: Tensor | None, last: Tensor | None
+    ) -> None:
+        for i, (memory, held) in enumerate(zip(call.memory, known)):
+            if lse is None and last is not None:
+                memory[self] = held.with_edited_rows(q.shape[2], last[i], sums[i])
+            elif lse is not None:
+                memory[self] = held.with_rows(q[i], lse[i], sums[i])
 
-    def _cropped(self, held: _Columns, call: Any, sample: int, layer: int) -> _Columns:
+    def _cropped(self, held: ColumnSums, call: Any, sample: int, layer: int) -> ColumnSums:
         """Without what rows added that were taken back since."""
-        remove = held.sums.shape[-1] - call.past
-        if remove <= 0:
+        if held.rows <= call.past:
             return held
-        q, lse = (torch.cat(x, 1) for x in zip(*held.recent))
-        if remove > q.shape[1]:
+        newest = held.rows - call.past
+        left = held.without(newest, call.k[sample, :, : call.past], self.kv[layer], call.scale)
+        if left is None:
             raise UnsupportedCallError(
-                f"{remove} tokens were taken back from the cache, and act knows the newest {q.shape[1]} rows only. "
+                f"{newest} tokens were taken back from the cache, and act knows the newest {held.known} rows only. "
                 "Start again from the prompt, or patch with decode='off'."
             )
-        sums, kept = held.sums[:, : call.past], q.shape[1] - remove
-        if self.config.decode == "running":
-            k = call.k[sample : sample + 1, :, : call.past].transpose(-1, -2)
-            z = call.scale * rows_of.per_key_head(q[None, :, kept:].float(), k, self.kv[layer])
-            sums = (sums - (z - lse[None, :, kept:, None]).exp().sum(2)[0]).clamp(min=0)
-        return _Columns(sums, ((q[:, :kept], lse[:, :kept]),), held.frozen[:, : call.past])
+        return left

@@ -1,0 +1,124 @@
+"""What ACT keeps of one sample in one layer: how much every key has received, in a form that rows can leave again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infer_patch.kernels import row_attention as rows_of
+from infer_patch.kernels.sink_candidates import SinkCandidates
+
+RECENT = 256  # rows that can be taken back (crop) at least
+RECENT_EDITED = 32  # the same where probabilities themselves are kept
+PIECES = 8  # calls whose rows are kept apart
+
+
+class ColumnSums(NamedTuple):
+    """Column sums of the chosen heads of one sample.
+
+    Parameters
+    ----------
+    rows : int
+        Rows so far, as many as keys.
+    sums : float32 Tensor [h, n]
+        What each key received from the first n rows. The others are among the recent ones and wait to be added.
+    frozen : bool Tensor [h, m]
+        Keys of the prompt that are lowered.
+    recent : tuple of (Tensor [h, t, D], float32 Tensor [h, t])
+        Queries and LSE of the newest rows, call by call: they tell what a row had added.
+    edited : tuple of float32 Tensor [h, t, n]
+        In place of that, the probabilities of the newest rows, where another method had changed them before.
+    candidates : SinkCandidates, optional
+        The keys that can be sinks next, where rows come one by one. They belong to whoever has counted as many rows:
+        samples that were one (beams) may share them until one of them goes on.
+    """
+
+    rows: int
+    sums: Tensor
+    frozen: Tensor
+    recent: tuple[tuple[Tensor, Tensor], ...] = ()
+    edited: tuple[Tensor, ...] = ()
+    candidates: SinkCandidates | None = None
+
+    @classmethod
+    def none(cls, frozen: Tensor) -> ColumnSums:
+        """Before the first row."""
+        return cls(0, torch.empty(len(frozen), 0, device=frozen.device), frozen)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are not in `sums` yet."""
+        return self.rows - self.sums.shape[-1]
+
+    @property
+    def known(self) -> int:
+        """Newest rows that can be taken back."""
+        return sum(lse.shape[1] for _, lse in self.recent) or sum(a.shape[1] for a in self.edited)
+
+    def with_rows(self, q: Tensor, lse: Tensor, sums: Tensor, candidates: SinkCandidates | None = None) -> ColumnSums:
+        """After rows with queries q [h, t, D] and LSE [h, t]; `sums` may leave them out, to be added later."""
+        rows = self.rows + q.shape[1]
+        if q.shape[1] > RECENT:
+            q, lse = q[:, -RECENT:].clone(), lse[:, -RECENT:].clone()
+        recent = (*self.recent, (q.detach(), lse.detach()))
+        if len(recent) > PIECES:
+            recent = (_newest(recent, RECENT),)
+        return self._replace(rows=rows, sums=sums, recent=recent, edited=(), candidates=candidates)
+
+    def with_edited_rows(self, count: int, newest: Tensor, sums: Tensor) -> ColumnSums:
+        """After `count` rows that an earlier method had changed; the last of them are newest [h, t, S]."""
+        edited = (*self.edited, newest[:, -RECENT_EDITED:].clone())
+        while sum(a.shape[1] for a in edited[1:]) >= RECENT_EDITED:
+            edited = edited[1:]
+        return self._replace(rows=self.rows + count, sums=sums, recent=(), edited=edited, candidates=None)
+
+    def only_counted(self, count: int) -> ColumnSums:
+        """After `count` rows that nobody will ask the sums of."""
+        return self._replace(rows=self.rows + count)
+
+    def settled(self, k: Tensor, kv: tuple[int, ...], scale: float) -> ColumnSums:
+        """With every row in `sums`; k [H_kv, rows, D] are the keys so far."""
+        count = self.waiting
+        if count == 0:
+            return self._replace(candidates=None)
+        q, lse = _newest(self.recent, count)
+        z = rows_of.scores(q[None], k.detach()[None], kv, scale, self.rows - count)[0]
+        sums = F.pad(self.sums, (0, count)) + (z - lse[..., None]).exp().sum(1)
+        return self._replace(sums=sums, candidates=None)
+
+    def with_candidates(self, k: Tensor, v: Tensor, kv: tuple[int, ...], scale: float, threshold: float) -> ColumnSums:
+        """Ready for one more row: with candidates of its own. k, v [H_kv, rows or more, D]."""
+        found = self.candidates
+        if found is not None and found.rows == self.rows and not found.is_used_up:
+            return self
+        settled = self.settled(k[:, : self.rows], kv, scale)
+        return settled._replace(candidates=SinkCandidates(settled.sums, k, v, kv, threshold))
+
+    def without(self, newest: int, k: Tensor, kv: tuple[int, ...], scale: float) -> ColumnSums | None:
+        """Before the `newest` rows, which were taken back; None if not all are known. k [H_kv, rows left, D]."""
+        known, rows = self.known, self.rows - newest
+        if newest > known:
+            return None
+        if self.edited:
+            a = torch.cat([F.pad(x, (0, self.rows - x.shape[-1])) for x in self.edited], 1)
+            sums = self.sums[:, :rows] - a[:, known - newest :, :rows].sum(1)
+            left: tuple[Tensor, ...] = (a[:, : known - newest, :rows],)
+            return self._replace(rows=rows, sums=sums.clamp(min=0), edited=left, frozen=self.frozen[:, :rows])
+        q, lse = _newest(self.recent, known)
+        sums, added = self.sums, newest - self.waiting
+        if added > 0:
+            here = slice(known - newest, known - newest + added)
+            z = scale * rows_of.per_key_head(q[None, :, here].float(), k.detach()[None].transpose(-1, -2), kv)[0]
+            sums = (sums[:, :rows] - (z - lse[:, here, None]).exp().sum(1)).clamp(min=0)
+        recent = ((q[:, : known - newest], lse[:, : known - newest]),)
+        return self._replace(rows=rows, sums=sums, recent=recent, frozen=self.frozen[:, :rows], candidates=None)
+
+
+def _newest(pieces: Iterable[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
+    """The newest `rows` rows, joined."""
+    q, lse = (torch.cat(x, 1) for x in zip(*pieces))
+    return cast("tuple[Tensor, Tensor]", (q[:, max(q.shape[1] - rows, 0) :], lse[:, max(lse.shape[1] - rows, 0) :]))
