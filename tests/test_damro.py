@@ -59,7 +59,7 @@ class Naive(Damro):
     def _second_stream(self, ids):
         rows, prompt = [], self._prompt.shape[1]
         for i, row in enumerate(ids):
-            negative = self._negative[i // (len(ids) // len(self._prompt))]
+            negative = self._second[i // (len(ids) // len(self._prompt))]["inputs_embeds"]
             embeds = torch.cat([negative, self.model.get_input_embeddings()(row[prompt:])])[None]
             rows.append(self.model(inputs_embeds=embeds, use_cache=False).logits[0, -1])
         return torch.stack(rows)
@@ -72,7 +72,7 @@ def test_the_second_prompt_holds_the_outlier_patches(heads):
     processor = Damro(model, inputs, k=3, cls_attention=heads)
     features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
     best = iter(zip(features, outliers(model, inputs["pixel_values"], 3, heads)))
-    for row, valid, embeds in zip(inputs["input_ids"], inputs["attention_mask"].bool(), processor._negative):
+    for row, valid, second in zip(inputs["input_ids"], inputs["attention_mask"].bool(), processor._second):
         expected, row = [], row[valid]
         for i, token in enumerate(row.tolist()):
             if token != IMAGE:
@@ -80,13 +80,13 @@ def test_the_second_prompt_holds_the_outlier_patches(heads):
             elif row[i - 1] != IMAGE:
                 picture, chosen = next(best)
                 expected.append(picture[chosen])
-        torch.testing.assert_close(embeds, torch.cat(expected))
+        torch.testing.assert_close(second["inputs_embeds"], torch.cat(expected))
 
 
 def test_tiles_give_their_whole_view_and_a_newline():
     mini = MINIATURES["llava_next"]
     model, inputs = mini.build(), vision_inputs(mini, images=(1,), text=[(2, 2)])
-    embeds = Damro(model, inputs, k=3)._negative[0]
+    embeds = Damro(model, inputs, k=3)._second[0]["inputs_embeds"]
     with torch.no_grad():
         (features,) = model.model.get_image_features(
             inputs["pixel_values"], inputs["image_sizes"], return_dict=True
