@@ -119,7 +119,7 @@ class Damro(SecondStream):
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [rows, vocabulary], logits or log-probabilities, corrected: the same shape, fp32."""
-        return contrast(scores.float(), self._second_stream(input_ids).float(), self.alpha, self.beta)
+        return contrast(scores.float(), self.second_log_probabilities(input_ids), self.alpha, self.beta)
 
 
 def contrast(positive: Tensor, negative: Tensor, alpha: float, beta: float) -> Tensor:

@@ -56,6 +56,13 @@ class SecondStream(LogitsProcessor):
         short = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._wanted: dict[str, Any] = {"logits_to_keep": 1} if short else {}
 
+    def second_log_probabilities(self, ids: Tensor) -> Tensor:
+        """What the second stream says of the next token: float32 [rows, vocabulary].
+
+        Normalised, because beam search adds up what it is handed over the rows' answers: a constant per row counts.
+        """
+        return self._second_stream(ids).float().log_softmax(-1)
+
     def _second_stream(self, ids: Tensor) -> Tensor:
         """Logits [rows, vocabulary] of the second stream after `ids` [rows, T], prompt and answer of the first."""
         rows, length = ids.shape

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from miniatures import GREEDY, IMAGE, MINIATURES, vision_inputs
+from second_streams import both_streams, without_cache
 from test_behaviour import snapshot
 
 import infer_patch
@@ -53,18 +54,6 @@ def outliers(model, pixels, k, heads):
     return row[:, 1:].topk(k).indices
 
 
-class Naive(Damro):
-    """The second stream without its cache: prompt and answer anew in every step, sample by sample."""
-
-    def _second_stream(self, ids):
-        rows, prompt = [], self._prompt.shape[1]
-        for i, row in enumerate(ids):
-            negative = self._second[i // (len(ids) // len(self._prompt))]["inputs_embeds"]
-            embeds = torch.cat([negative, self.model.get_input_embeddings()(row[prompt:])])[None]
-            rows.append(self.model(inputs_embeds=embeds, use_cache=False).logits[0, -1])
-        return torch.stack(rows)
-
-
 @pytest.mark.parametrize("heads", ["joint", "mean_heads"])
 def test_the_second_prompt_holds_the_outlier_patches(heads):
     mini = MINIATURES["llava"]
@@ -105,7 +94,9 @@ def test_the_cached_stream_is_the_recomputed_one_and_batches_are_their_samples(f
     before = snapshot(model)
     found = model.generate(**inputs, **options, logits_processor=[Damro(model, inputs)])
     assert not torch.equal(found, plain)
-    assert torch.equal(found, model.generate(**inputs, **options, logits_processor=[Naive(model, inputs)]))
+    assert torch.equal(
+        found, model.generate(**inputs, **options, logits_processor=[without_cache(Damro(model, inputs))])
+    )
     width = inputs["input_ids"].shape[1]
     for i in range(3):
         alone = vision_inputs(mini, images=(1, 2, 0), text=text, seed=1, only=i)
@@ -114,6 +105,19 @@ def test_the_cached_stream_is_the_recomputed_one_and_batches_are_their_samples(f
             assert torch.equal(found[i, width:], tokens[0, alone["input_ids"].shape[1] :])
     assert snapshot(model) == before
     assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_beams_are_ranked_by_the_sum_of_what_was_contrasted():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(2,), seed=1)
+    processor = Damro(model, inputs, beta=0.0)
+    options = dict(BEAMS, num_return_sequences=3, length_penalty=0.0, return_dict_in_generate=True, output_scores=True)
+    found = model.generate(**inputs, **options, logits_processor=[processor])
+    for sequence, score in zip(found.sequences, found.sequences_scores):
+        answer = sequence[inputs["input_ids"].shape[1] :]
+        first, second = both_streams(model, inputs, processor, answer)
+        steps = (3 * first - 2 * second).gather(1, answer[:, None])
+        torch.testing.assert_close(score, steps.sum(), atol=1e-3, rtol=1e-4)
 
 
 def test_one_question_about_two_pictures():
@@ -139,7 +143,7 @@ def test_the_same_stream_twice_changes_nothing(monkeypatch):
 def test_on_a_patched_model_the_second_stream_is_left_alone():
     mini = MINIATURES["llava"]
     model, inputs = mini.build(), vision_inputs(mini, images=(1, 2))
-    processor, naive = Damro(model, inputs), Naive(model, inputs)
+    processor, naive = Damro(model, inputs), without_cache(Damro(model, inputs))
     with infer_patch.patch(model, FastV(layer=1)):
         found = model.generate(**inputs, **GREEDY, logits_processor=[processor])
         assert torch.equal(found, model.generate(**inputs, **GREEDY, logits_processor=[naive]))
