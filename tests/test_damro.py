@@ -1,5 +1,6 @@
 """DAMRO: the outlier patches, the second stream against one that recomputes everything, beams, batches, refusals."""
 
+import inspect
 import math
 
 import pytest
@@ -120,6 +121,37 @@ def test_beams_are_ranked_by_the_sum_of_what_was_contrasted():
         torch.testing.assert_close(score, steps.sum(), atol=1e-3, rtol=1e-4)
 
 
+def test_defaults_are_the_authors():
+    options = {name: p.default for name, p in inspect.signature(Damro).parameters.items() if p.default is not p.empty}
+    assert options == {"alpha": 2.0, "k": 10, "beta": 0.1, "cls_attention": "joint"}
+
+
+def test_what_survives_the_cut_is_a_matter_of_the_first_stream():
+    rng = torch.Generator().manual_seed(0)
+    positive, *negatives = (3 * torch.randn(20, 50, generator=rng) for _ in range(4))
+    kept = [contrast(positive, negative, 2.0, 0.1) > -math.inf for negative in negatives]
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
+    assert 1 < kept[0].sum(-1).float().mean() < 50
+    suppressed = positive.masked_fill(torch.rand(20, 50, generator=rng) < 0.3, -math.inf)  # by another processor
+    found = contrast(suppressed, negatives[0], 2.0, 0.1)
+    assert not found.isnan().any() and (found[suppressed == -math.inf] == -math.inf).all()
+
+
+def test_without_weight_it_is_truncated_sampling_and_cut_to_one_token_it_is_greedy():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2), seed=1)
+
+    def sampled(**options):
+        torch.manual_seed(0)
+        return model.generate(**inputs, max_new_tokens=8, do_sample=True, top_k=0, **options)
+
+    truncated = sampled(min_p=0.1)  # transformers' own: P >= 0.1 max P
+    assert torch.equal(sampled(logits_processor=[Damro(model, inputs, alpha=0.0)]), truncated)
+    assert not torch.equal(sampled(), truncated)
+    greedy = model.generate(**inputs, **GREEDY)
+    assert torch.equal(sampled(logits_processor=[Damro(model, inputs, alpha=5.0, beta=1.0)]), greedy)
+
+
 def test_one_question_about_two_pictures():
     mini = MINIATURES["llava"]
     model, inputs = mini.build(), vision_inputs(mini, images=(1, 1), seed=1)
@@ -130,14 +162,24 @@ def test_one_question_about_two_pictures():
         assert torch.equal(found[i], model.generate(**alone, **BEAMS, logits_processor=[Damro(model, alone)])[0])
 
 
-def test_the_same_stream_twice_changes_nothing(monkeypatch):
-    monkeypatch.setattr(damro, "outlier_tokens", lambda scores, k: torch.arange(len(scores.tile)))
+def test_all_tokens_in_their_places_give_the_same_stream(monkeypatch):
     mini = MINIATURES["llava"]
     model, inputs = mini.build(), vision_inputs(mini, images=(1, 2))
+    by_attention = Damro(model, inputs, k=16)
+    monkeypatch.setattr(damro, "outlier_tokens", lambda scores, k: torch.arange(len(scores.tile)))
     processor = Damro(model, inputs, alpha=3.0)
-    again = model.generate(**inputs, **GREEDY, logits_processor=[processor])
-    assert torch.equal(again, model.generate(**inputs, **GREEDY))
-    assert torch.equal(model.generate(**inputs, **GREEDY, logits_processor=[processor]), again)  # from the start again
+    options = dict(GREEDY, output_logits=True, output_scores=True, return_dict_in_generate=True)
+    found = model.generate(**inputs, **options, logits_processor=[processor])
+    for scores, logits in zip(found.scores, found.logits):  # but for a constant, and what the cut leaves
+        kept = scores > -math.inf
+        expected = logits.masked_fill(~kept, -math.inf).softmax(-1)
+        torch.testing.assert_close(scores.softmax(-1), expected, atol=1e-4, rtol=1e-3)
+    assert torch.equal(found.sequences, model.generate(**inputs, **GREEDY))
+    again = model.generate(**inputs, **GREEDY, logits_processor=[processor])  # from the start once more
+    assert torch.equal(again, found.sequences)
+    with torch.no_grad():  # all of them by attention: their order and so their positions are others
+        same, other = (p._second_stream(inputs["input_ids"]) for p in (processor, by_attention))
+    assert (same - other).abs().max() > 0.1
 
 
 def test_on_a_patched_model_the_second_stream_is_left_alone():
@@ -167,5 +209,10 @@ def test_what_cannot_be_served_is_refused():
     other = vision_inputs(mini, images=(1,), seed=5)
     with pytest.raises(UnsupportedCallError, match="not the prompt"):
         model.generate(**other, **GREEDY, logits_processor=[Damro(model, inputs)])
+    with pytest.raises(UnsupportedCallError, match=r"attention_mask is \[1, 2\], input_ids \[1, 30\]"):
+        Damro(model, dict(inputs, attention_mask=torch.ones(1, 2)))
+    for assisted in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": mini.build(seed=1)}):
+        with pytest.raises(UnsupportedCallError, match="no assisted decoding"):
+            model.generate(**inputs, **GREEDY, **assisted, logits_processor=[Damro(model, inputs)])
     with infer_patch.patch(model, VTCCLS()), pytest.raises(PatchError, match="make the processor before it"):
         Damro(model, inputs)
