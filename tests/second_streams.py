@@ -10,7 +10,8 @@ def recomputed(model, second, answer):
     embedding = model.get_input_embeddings()
     start = second["inputs_embeds"] if "inputs_embeds" in second else embedding(second["input_ids"])
     embeds = torch.cat([start, embedding(answer)])[None]
-    return model(inputs_embeds=embeds, use_cache=False).logits[0, len(start) - 1 :]
+    places = torch.arange(embeds.shape[1])[None]  # else Qwen-VL takes those of the prompt with pictures
+    return model(inputs_embeds=embeds, position_ids=places, use_cache=False).logits[0, len(start) - 1 :]
 
 
 def without_cache(processor: SecondStream):
