@@ -144,6 +144,24 @@ def test_paint_raises_the_first_stream_only():
     assert (forced(model, inputs, answers) - raised)[:2].abs().max() > 0.01
 
 
+def test_beams_under_paint_are_those_of_each_prompt_alone():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2), text=TEXT[:2], seed=1)
+
+    def guidance(given):
+        return ClassifierFreeGuidance(model, given, gamma=2.0)
+
+    unraised = model.generate(**inputs, **BEAMS, logits_processor=[guidance(inputs)])
+    with infer_patch.patch(model, Paint(alpha=2.0)):
+        found = model.generate(**inputs, **BEAMS, logits_processor=[guidance(inputs)])
+        again = model.generate(**inputs, **BEAMS, logits_processor=[without_cache(guidance(inputs))])
+        assert torch.equal(found, again) and not torch.equal(found, unraised)
+        for i in range(2):
+            alone = vision_inputs(mini, images=(1, 2), text=TEXT[:2], seed=1, only=i)
+            tokens = model.generate(**alone, **BEAMS, logits_processor=[guidance(alone)])
+            assert torch.equal(found[i, inputs["input_ids"].shape[1] :], tokens[0, alone["input_ids"].shape[1] :])
+
+
 def test_prompts_without_a_picture_and_gamma_1_are_left_as_they_are():
     mini = MINIATURES["llava"]
     model, inputs = mini.build(), vision_inputs(mini, images=(1, 2, 0), text=TEXT, seed=1)
