@@ -12,23 +12,23 @@ import inspect
 import itertools
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessor
+from torch import Tensor
 
 from infer_patch.attention import PORT
 from infer_patch.errors import PatchError, UnsupportedCallError, UnsupportedModelError
 from infer_patch.families import describe
 from infer_patch.installation import Installation
 from infer_patch.method import Runtime
+from infer_patch.second_stream import SecondStream
 from infer_patch.vision_layout import NEWLINE
 from infer_patch.vision_scores import Encoded, Recorder
 from infer_patch.vision_tower import TowerCall, VisionTower, cls_attention, find_vision_tower
 
 
-class Damro(LogitsProcessor):
+class Damro(SecondStream):
     """Contrastive decoding against the patches that the vision encoder and the decoder both over-use.
 
     A second stream of the same model gets the prompt with `k` visual tokens per picture: those that the CLS token looks
@@ -64,6 +64,8 @@ class Damro(LogitsProcessor):
     arXiv 2410.04514.
     """
 
+    name = "damro"
+
     def __init__(
         self,
         model: Any,
@@ -82,20 +84,13 @@ class Damro(LogitsProcessor):
             raise PatchError(f"damro: beta must be between 0 and 1, got {beta}")
         if cls_attention not in ("joint", "mean_heads"):
             raise PatchError(f"damro: cls_attention must be joint or mean_heads, got {cls_attention!r}")
-        self.model, self.alpha, self.beta = model, alpha, beta
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, Tensor):
-            raise UnsupportedCallError("damro: pass the inputs of generate, `input_ids` among them.")
-        mask = inputs.get("attention_mask")
-        self._prompt = ids
+        super().__init__(model, inputs)
+        self.alpha, self.beta = alpha, beta
         with torch.no_grad():
             features, encoded = encode_pictures(model, inputs, cls_attention == "joint")
-            self._negative = self._embed(ids, torch.ones_like(ids) if mask is None else mask, features, encoded, k)
-        self._seen: Tensor | None = None
-        self._mask = torch.empty(0)
-        self._cache: DynamicCache | None = None
+            self._second = [{"inputs_embeds": x} for x in self._embed(self._prompt, self._real, features, encoded, k)]
 
-    def _embed(self, ids: Tensor, mask: Tensor, features: list[Tensor], encoded: list[Encoded], k: int) -> list[Tensor]:
+    def _embed(self, ids: Tensor, real: Tensor, features: list[Tensor], encoded: list[Encoded], k: int) -> list[Tensor]:
         """Embeddings [n, d] of every sample with the outlier patches in place of its pictures."""
         tokens = describe(self.model).image_token_ids
         is_visual = torch.isin(ids, torch.tensor(tokens, device=ids.device))
@@ -106,7 +101,7 @@ class Damro(LogitsProcessor):
             )
         left, samples = iter(zip(features, encoded)), []
         embedding = self.model.get_input_embeddings()
-        for row, visual, valid in zip(ids, is_visual, mask.bool()):
+        for row, visual, valid in zip(ids, is_visual, real):
             parts, at = [], int(valid.int().argmax())
             stop = len(row) - int(valid.flip(0).int().argmax())
             while at < stop:
@@ -124,42 +119,7 @@ class Damro(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [rows, vocabulary], logits or log-probabilities, corrected: the same shape, fp32."""
-        return contrast(scores.float(), self._second_stream(input_ids).float(), self.alpha, self.beta)
-
-    def _second_stream(self, ids: Tensor) -> Tensor:
-        rows, length = ids.shape
-        if length == self._prompt.shape[1]:
-            return self._start(ids)
-        if self._seen is None or length != self._seen.shape[1] + 1:
-            raise UnsupportedCallError(
-                "damro follows generate token by token from the prompt it was made for: no assisted decoding, and a "
-                "new processor for every prompt."
-            )
-        cache = cast(DynamicCache, self._cache)
-        parents = _parents(ids[:, :-1], self._seen, rows // len(self._prompt))
-        if not torch.equal(parents, torch.arange(rows, device=ids.device)):
-            cache.reorder_cache(cast(torch.LongTensor, parents))
-            self._mask = self._mask[parents]
-        self._seen = ids
-        self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], 1)
-        return self._forward(input_ids=ids[:, -1:], position_ids=self._mask.sum(1, keepdim=True) - 1)
-
-    def _start(self, ids: Tensor) -> Tensor:
-        repeats = len(ids) // len(self._prompt)
-        if not torch.equal(ids, self._prompt.to(ids.device).repeat_interleave(repeats, 0)):
-            raise UnsupportedCallError("damro: this is not the prompt the processor was made for; make a new one.")
-        longest = max(map(len, self._negative))
-        embeds = torch.stack([nn.functional.pad(x, (0, 0, longest - len(x), 0)) for x in self._negative])
-        mask = torch.stack([torch.arange(longest) >= longest - len(x) for x in self._negative]).long().to(ids.device)
-        self._seen, self._cache = ids, DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        self._mask = mask.repeat_interleave(repeats, 0)
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
-        return self._forward(inputs_embeds=embeds.repeat_interleave(repeats, 0), position_ids=positions)
-
-    def _forward(self, **given: Any) -> Tensor:
-        out = self.model(**given, attention_mask=self._mask, past_key_values=self._cache, use_cache=True)
-        self._cache = out.past_key_values
-        return cast(Tensor, out.logits[:, -1])
+        return contrast(scores.float(), self.second_log_probabilities(input_ids), self.alpha, self.beta)
 
 
 def contrast(positive: Tensor, negative: Tensor, alpha: float, beta: float) -> Tensor:
@@ -229,17 +189,3 @@ def encode_pictures(model: Any, inputs: Mapping[str, Any], joint: bool) -> tuple
         for a, b in itertools.pairwise(bounds)
     ]
     return features, split
-
-
-def _parents(prefixes: Tensor, seen: Tensor, repeats: int) -> Tensor:
-    """For every row the earlier row of the same sample that it continues: int64 [rows].
-
-    Samples have `repeats` rows each, one behind the other (beams). Rows of one sample with equal prefixes have equal
-    streams; those of two samples may show different pictures.
-    """
-    here = torch.arange(len(seen), device=seen.device)
-    sample = here // repeats
-    same = (prefixes[:, None] == seen[None]).all(-1) & (sample[:, None] == sample)
-    if not bool(same.any(1).all()):
-        raise UnsupportedCallError("damro: a row does not continue any row of the step before; make a new processor.")
-    return torch.where(same.diagonal(), here, same.int().argmax(1))  # a row that continues itself stays

@@ -19,7 +19,7 @@ from infer_patch.families import ModelParts
 _CLS = ("class_embedding", "cls_token")  # parameters of towers that put a CLS token in front
 _REGISTERS = "register_tokens"
 _RESAMPLERS = ("qformer", "resampler")  # their outputs stand for no place in the picture
-_SCORES_AT_ONCE = 2**24  # attention scores held at a time by `received_attention`
+_SCORES_AT_ONCE, _ROWS_AT_ONCE = 2**24, 128  # attention scores that `received_attention` holds at a time, at most
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,19 @@ def cls_attention(call: TowerCall) -> Tensor:
     return logits.softmax(-1).mean(1)[:, 0]
 
 
-def received_attention(call: TowerCall) -> Tensor:
+def received_attention(call: TowerCall, *, by_patches: bool = False) -> Tensor:
     """How much each token is looked at, mean over heads and over the tokens that look: float32 [b, n].
 
-    The substitute where there is no CLS token. A slice of queries at a time.
+    The substitute where there is no CLS token. `by_patches`: CLS and registers do not look. A slice of queries at a
+    time.
     """
     batch, heads, n, _ = call.q.shape
     keys, hidden = call.k.float().transpose(-1, -2), call.hidden_keys()
     looking = torch.ones(batch, n, device=call.q.device) if hidden is None else (~hidden).float()
+    if by_patches:
+        looking[:, : call.leading] = 0
     total = torch.zeros(batch, n, device=call.q.device)
-    step = max(1, _SCORES_AT_ONCE // (batch * heads * n))
+    step = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // (batch * heads * n)))
     for start in range(0, n, step):
         rows = slice(start, start + step)
         logits = (call.q[:, :, rows].float() @ keys) * call.scale

@@ -135,6 +135,7 @@ ROWS = [
     Row("vtc_cls-all", (VTCCLS(tokens=999),), vision=True, neutral=True, fires=False),
     Row("vtc_cls+fastv", (VTCCLS(drop_ratio=0.25), FastV(layer=2)), vision=True),
     Row("paint", (Paint(),), vision=True),
+    Row("paint-spatial", (Paint(spatial_ratio=0.2),), vision=True),
     Row("paint-none", (Paint(alpha=0.0, beta=0.0),), vision=True, neutral=True, fires=False),
     Row("vtc_cls+paint", (VTCCLS(drop_ratio=0.25), Paint(layers=(1, 3))), vision=True),
     Row("fastv+moa", (FastV(layer=1), MoA(plan_file=SPANS, length=320, evict=True)), vision=True),

@@ -1,10 +1,12 @@
 """DAMRO: the outlier patches, the second stream against one that recomputes everything, beams, batches, refusals."""
 
+import inspect
 import math
 
 import pytest
 import torch
 from miniatures import GREEDY, IMAGE, MINIATURES, vision_inputs
+from second_streams import both_streams, without_cache
 from test_behaviour import snapshot
 
 import infer_patch
@@ -53,18 +55,6 @@ def outliers(model, pixels, k, heads):
     return row[:, 1:].topk(k).indices
 
 
-class Naive(Damro):
-    """The second stream without its cache: prompt and answer anew in every step, sample by sample."""
-
-    def _second_stream(self, ids):
-        rows, prompt = [], self._prompt.shape[1]
-        for i, row in enumerate(ids):
-            negative = self._negative[i // (len(ids) // len(self._prompt))]
-            embeds = torch.cat([negative, self.model.get_input_embeddings()(row[prompt:])])[None]
-            rows.append(self.model(inputs_embeds=embeds, use_cache=False).logits[0, -1])
-        return torch.stack(rows)
-
-
 @pytest.mark.parametrize("heads", ["joint", "mean_heads"])
 def test_the_second_prompt_holds_the_outlier_patches(heads):
     mini = MINIATURES["llava"]
@@ -72,7 +62,7 @@ def test_the_second_prompt_holds_the_outlier_patches(heads):
     processor = Damro(model, inputs, k=3, cls_attention=heads)
     features = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
     best = iter(zip(features, outliers(model, inputs["pixel_values"], 3, heads)))
-    for row, valid, embeds in zip(inputs["input_ids"], inputs["attention_mask"].bool(), processor._negative):
+    for row, valid, second in zip(inputs["input_ids"], inputs["attention_mask"].bool(), processor._second):
         expected, row = [], row[valid]
         for i, token in enumerate(row.tolist()):
             if token != IMAGE:
@@ -80,13 +70,13 @@ def test_the_second_prompt_holds_the_outlier_patches(heads):
             elif row[i - 1] != IMAGE:
                 picture, chosen = next(best)
                 expected.append(picture[chosen])
-        torch.testing.assert_close(embeds, torch.cat(expected))
+        torch.testing.assert_close(second["inputs_embeds"], torch.cat(expected))
 
 
 def test_tiles_give_their_whole_view_and_a_newline():
     mini = MINIATURES["llava_next"]
     model, inputs = mini.build(), vision_inputs(mini, images=(1,), text=[(2, 2)])
-    embeds = Damro(model, inputs, k=3)._negative[0]
+    embeds = Damro(model, inputs, k=3)._second[0]["inputs_embeds"]
     with torch.no_grad():
         (features,) = model.model.get_image_features(
             inputs["pixel_values"], inputs["image_sizes"], return_dict=True
@@ -105,7 +95,9 @@ def test_the_cached_stream_is_the_recomputed_one_and_batches_are_their_samples(f
     before = snapshot(model)
     found = model.generate(**inputs, **options, logits_processor=[Damro(model, inputs)])
     assert not torch.equal(found, plain)
-    assert torch.equal(found, model.generate(**inputs, **options, logits_processor=[Naive(model, inputs)]))
+    assert torch.equal(
+        found, model.generate(**inputs, **options, logits_processor=[without_cache(Damro(model, inputs))])
+    )
     width = inputs["input_ids"].shape[1]
     for i in range(3):
         alone = vision_inputs(mini, images=(1, 2, 0), text=text, seed=1, only=i)
@@ -114,6 +106,50 @@ def test_the_cached_stream_is_the_recomputed_one_and_batches_are_their_samples(f
             assert torch.equal(found[i, width:], tokens[0, alone["input_ids"].shape[1] :])
     assert snapshot(model) == before
     assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+def test_beams_are_ranked_by_the_sum_of_what_was_contrasted():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(2,), seed=1)
+    processor = Damro(model, inputs, beta=0.0)
+    options = dict(BEAMS, num_return_sequences=3, length_penalty=0.0, return_dict_in_generate=True, output_scores=True)
+    found = model.generate(**inputs, **options, logits_processor=[processor])
+    for sequence, score in zip(found.sequences, found.sequences_scores):
+        answer = sequence[inputs["input_ids"].shape[1] :]
+        first, second = both_streams(model, inputs, processor, answer)
+        steps = (3 * first - 2 * second).gather(1, answer[:, None])
+        torch.testing.assert_close(score, steps.sum(), atol=1e-3, rtol=1e-4)
+
+
+def test_defaults_are_the_authors():
+    options = {name: p.default for name, p in inspect.signature(Damro).parameters.items() if p.default is not p.empty}
+    assert options == {"alpha": 2.0, "k": 10, "beta": 0.1, "cls_attention": "joint"}
+
+
+def test_what_survives_the_cut_is_a_matter_of_the_first_stream():
+    rng = torch.Generator().manual_seed(0)
+    positive, *negatives = (3 * torch.randn(20, 50, generator=rng) for _ in range(4))
+    kept = [contrast(positive, negative, 2.0, 0.1) > -math.inf for negative in negatives]
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
+    assert 1 < kept[0].sum(-1).float().mean() < 50
+    suppressed = positive.masked_fill(torch.rand(20, 50, generator=rng) < 0.3, -math.inf)  # by another processor
+    found = contrast(suppressed, negatives[0], 2.0, 0.1)
+    assert not found.isnan().any() and (found[suppressed == -math.inf] == -math.inf).all()
+
+
+def test_without_weight_it_is_truncated_sampling_and_cut_to_one_token_it_is_greedy():
+    mini = MINIATURES["llava"]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2), seed=1)
+
+    def sampled(**options):
+        torch.manual_seed(0)
+        return model.generate(**inputs, max_new_tokens=8, do_sample=True, top_k=0, **options)
+
+    truncated = sampled(min_p=0.1)  # transformers' own: P >= 0.1 max P
+    assert torch.equal(sampled(logits_processor=[Damro(model, inputs, alpha=0.0)]), truncated)
+    assert not torch.equal(sampled(), truncated)
+    greedy = model.generate(**inputs, **GREEDY)
+    assert torch.equal(sampled(logits_processor=[Damro(model, inputs, alpha=5.0, beta=1.0)]), greedy)
 
 
 def test_one_question_about_two_pictures():
@@ -126,20 +162,30 @@ def test_one_question_about_two_pictures():
         assert torch.equal(found[i], model.generate(**alone, **BEAMS, logits_processor=[Damro(model, alone)])[0])
 
 
-def test_the_same_stream_twice_changes_nothing(monkeypatch):
-    monkeypatch.setattr(damro, "outlier_tokens", lambda scores, k: torch.arange(len(scores.tile)))
+def test_all_tokens_in_their_places_give_the_same_stream(monkeypatch):
     mini = MINIATURES["llava"]
     model, inputs = mini.build(), vision_inputs(mini, images=(1, 2))
+    by_attention = Damro(model, inputs, k=16)
+    monkeypatch.setattr(damro, "outlier_tokens", lambda scores, k: torch.arange(len(scores.tile)))
     processor = Damro(model, inputs, alpha=3.0)
-    again = model.generate(**inputs, **GREEDY, logits_processor=[processor])
-    assert torch.equal(again, model.generate(**inputs, **GREEDY))
-    assert torch.equal(model.generate(**inputs, **GREEDY, logits_processor=[processor]), again)  # from the start again
+    options = dict(GREEDY, output_logits=True, output_scores=True, return_dict_in_generate=True)
+    found = model.generate(**inputs, **options, logits_processor=[processor])
+    for scores, logits in zip(found.scores, found.logits):  # but for a constant, and what the cut leaves
+        kept = scores > -math.inf
+        expected = logits.masked_fill(~kept, -math.inf).softmax(-1)
+        torch.testing.assert_close(scores.softmax(-1), expected, atol=1e-4, rtol=1e-3)
+    assert torch.equal(found.sequences, model.generate(**inputs, **GREEDY))
+    again = model.generate(**inputs, **GREEDY, logits_processor=[processor])  # from the start once more
+    assert torch.equal(again, found.sequences)
+    with torch.no_grad():  # all of them by attention: their order and so their positions are others
+        same, other = (p._second_stream(inputs["input_ids"]) for p in (processor, by_attention))
+    assert (same - other).abs().max() > 0.1
 
 
 def test_on_a_patched_model_the_second_stream_is_left_alone():
     mini = MINIATURES["llava"]
     model, inputs = mini.build(), vision_inputs(mini, images=(1, 2))
-    processor, naive = Damro(model, inputs), Naive(model, inputs)
+    processor, naive = Damro(model, inputs), without_cache(Damro(model, inputs))
     with infer_patch.patch(model, FastV(layer=1)):
         found = model.generate(**inputs, **GREEDY, logits_processor=[processor])
         assert torch.equal(found, model.generate(**inputs, **GREEDY, logits_processor=[naive]))
@@ -163,5 +209,10 @@ def test_what_cannot_be_served_is_refused():
     other = vision_inputs(mini, images=(1,), seed=5)
     with pytest.raises(UnsupportedCallError, match="not the prompt"):
         model.generate(**other, **GREEDY, logits_processor=[Damro(model, inputs)])
+    with pytest.raises(UnsupportedCallError, match=r"attention_mask is \[1, 2\], input_ids \[1, 30\]"):
+        Damro(model, dict(inputs, attention_mask=torch.ones(1, 2)))
+    for assisted in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": mini.build(seed=1)}):
+        with pytest.raises(UnsupportedCallError, match="no assisted decoding"):
+            model.generate(**inputs, **GREEDY, **assisted, logits_processor=[Damro(model, inputs)])
     with infer_patch.patch(model, VTCCLS()), pytest.raises(PatchError, match="make the processor before it"):
         Damro(model, inputs)

@@ -9,16 +9,20 @@ from vision_references import tower_attentions
 import infer_patch
 from infer_patch.errors import ConflictError, PlanError, UnsupportedModelError
 from infer_patch.patches import Envelope, Paint
-from infer_patch.patches.paint import boosted_row, informed_tokens
+from infer_patch.patches.paint import _Paint, boosted_row, informed_tokens
 
 
-def plain_sets(first, penultimate, ratio):
-    """The authors' rule in NumPy: top share of one, as many of the other as are above Tukey's fence."""
+def plain_sets(first, penultimate, ratio, received=(), spatial_ratio=0.0):
+    """The authors' rule in NumPy: top share of one, as many of the other as are above Tukey's fence.
+
+    And our reading of their spatial picks: the top share of the attention received from patches.
+    """
     lower, upper = np.percentile(penultimate, [25, 75])
     count = int((penultimate > upper + 1.5 * (upper - lower)).sum())
     summary = set(np.argsort(-penultimate, kind="stable")[:count].tolist())
     local = set(np.argsort(-first, kind="stable")[: int(ratio * len(first))].tolist())
-    return local - summary, summary
+    spatial = set(np.argsort(-np.asarray(received), kind="stable")[: int(spatial_ratio * len(first))].tolist())
+    return (local | spatial) - summary, summary
 
 
 @pytest.mark.parametrize("n, ratio", [(576, 0.25), (16, 0.25), (17, 0.1), (9, 0.0), (9, 1.0)])
@@ -29,6 +33,20 @@ def test_sets_are_the_authors(n, ratio):
         found = informed_tokens(torch.tensor(first), torch.tensor(penultimate), ratio)
         assert [set(x.nonzero()[:, 0].tolist()) for x in found] == list(plain_sets(first, penultimate, ratio))
         assert not (found[0] & found[1]).any()
+
+
+@pytest.mark.parametrize("n, ratio", [(576, 0.05), (16, 0.25), (17, 0.1), (9, 0.0), (9, 1.0)])
+def test_spatial_picks_are_local_too(n, ratio):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        rows = first, penultimate, received = rng.random(n), rng.exponential(size=n) ** 3, rng.random(n)
+        u, v, w = map(torch.tensor, rows)
+        found = informed_tokens(u, v, 0.25, w, ratio)
+        expected = plain_sets(first, penultimate, 0.25, received, ratio)
+        assert [set(x.nonzero()[:, 0].tolist()) for x in found] == list(expected)
+        before = informed_tokens(u, v, 0.25)
+        assert torch.equal(found[1], before[1]) and bool((found[0] >= before[0]).all())
+        assert (found[0] != before[0]).any() or int(ratio * n) <= 4
 
 
 def random_row(seed=0, heads=4, kv=2, keys=11, dtype=torch.float32):
@@ -67,15 +85,17 @@ def recompute(mini, inputs, method, layers, extra):
     """Logits of the last prompt row and of `extra`, by eager attention with the scores of those rows raised."""
     model = mini.build(attn_implementation="eager")
     attentions = tower_attentions(model, inputs)
+    # three blocks: the first, the last but one; and what patches of the first receive from each other, in fp64
+    received = attentions[0].double()[:, :, 1:, 1:].sum((1, 2))
+    rows = [attentions[0].mean(1)[:, 0, 1:], attentions[1].mean(1)[:, 0, 1:], received]
     if mini.name == "internvl":
-        rows = [attentions[b].mean(1)[:, 0, 1:].view(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1) for b in (0, 1)]
-    else:
-        rows = [attentions[b].mean(1)[:, 0, 1:] for b in (0, 1)]  # three blocks: the first, the last but one
+        rows = [x.view(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1) for x in rows]
     ids = torch.cat([inputs["input_ids"], torch.tensor([list(extra)], dtype=torch.long)], 1)
     visual, prompt, n = (ids[0] == IMAGE).nonzero()[:, 0].tolist(), inputs["input_ids"].shape[1], ids.shape[1]
     gains = torch.zeros(n)
     for picture in range(len(rows[0])):
-        local, summary = plain_sets(rows[0][picture].numpy(), rows[1][picture].numpy(), method.local_ratio)
+        first_block, penultimate, received = (x[picture].numpy() for x in rows)
+        local, summary = plain_sets(first_block, penultimate, method.local_ratio, received, method.spatial_ratio)
         for chosen, gain in ((local, method.alpha), (summary, method.beta)):
             gains[[visual[picture * 16 + i] for i in chosen]] = gain
     first = prompt - 1 if method.boost_prefill else prompt
@@ -100,7 +120,10 @@ def recompute(mini, inputs, method, layers, extra):
         module.eager_attention_forward = original
 
 
-@pytest.mark.parametrize("options", [{}, {"layers": (0, 3), "alpha": 0.2, "beta": 1.5}, {"boost_prefill": False}])
+OPTIONS = [{}, {"layers": (0, 3), "alpha": 0.2, "beta": 1.5}, {"boost_prefill": False}, {"spatial_ratio": 0.3}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("family, images", [("llava", 1), ("llava", 2), ("internvl", 1)])
 def test_prefill_and_decode_equal_a_recomputation_with_raised_scores(family, images, options):
     mini, method = MINIATURES[family], Paint(**options)
@@ -116,6 +139,26 @@ def test_prefill_and_decode_equal_a_recomputation_with_raised_scores(family, ima
     prompt = inputs["input_ids"].shape[1]
     expected = recompute(mini, inputs, method, layers, out.sequences[0, prompt:-1].tolist())
     torch.testing.assert_close(torch.cat(out.logits), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
+def test_the_spatial_ratio_changes_the_sets_and_none_changes_nothing(family, monkeypatch):
+    mini = MINIATURES[family]
+    model, inputs = mini.build(), vision_inputs(mini, images=(1, 2, 0))
+    visual, gains = inputs["input_ids"] == IMAGE, {}
+    picked, logits = _Paint._picked, {}
+    for ratio in (None, 0.0, 0.4):
+        monkeypatch.setattr(_Paint, "_picked", lambda *a, r=ratio: gains.setdefault(r, picked(*a)))
+        with torch.no_grad(), infer_patch.patch(model, Paint(**({} if ratio is None else {"spatial_ratio": ratio}))):
+            logits[ratio] = model(**inputs).logits
+    (none, zero, some), (plain, same, other) = gains.values(), logits.values()
+    assert torch.equal(plain, same) and torch.equal(none[0], zero[0])
+    assert not torch.equal(plain[:2, -1], other[:2, -1]) and torch.equal(plain[2], other[2])
+    more = some[0] != none[0]
+    assert more.any(1).tolist() == [True, True, False] and (some[0][more] == some[0].new_tensor(0.7)).all()
+    assert not (some[0] > 0)[~visual].any()
+    if family == "llava_next":
+        assert not (some[0] > 0)[0, visual[0].nonzero()[[8, 13], 0]].any()  # newlines
 
 
 def test_only_the_last_row_changes():
@@ -154,6 +197,6 @@ def test_what_cannot_be_served_is_refused():
         infer_patch.patch(MINIATURES["llava"].build(num_hidden_layers=2), Paint())
     with pytest.raises(ConflictError):
         infer_patch.patch(MINIATURES["llava"].build(), [Paint(), Envelope()])
-    for options in ({"alpha": -1.0}, {"beta": float("nan")}, {"local_ratio": 1.5}):
+    for options in ({"alpha": -1.0}, {"beta": float("nan")}, {"local_ratio": 1.5}, {"spatial_ratio": -0.1}):
         with pytest.raises(PlanError, match=f"paint: {next(iter(options))} must be"):
             Paint(**options)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from miniatures import GREEDY, IMAGE, MINIATURES, VIDEO, vision_inputs
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from vision_references import token_scores
 
 import infer_patch
@@ -267,6 +268,30 @@ def test_rows_of_the_cls_token_and_columns_without_one(monkeypatch):
     torch.testing.assert_close(cls_attention(mixed), cls_attention(call))
     moved = TowerCall(call.q, call.k + torch.randn(2, 4, 1, 8), call.scale, None, 1, True)  # a constant per head
     torch.testing.assert_close(cls_attention(moved), cls_attention(call))
+
+
+@pytest.mark.parametrize("leading, rows", [(1, 128), (1, 2), (5, 3), (0, 128)])
+def test_what_patches_alone_look_at(leading, rows, monkeypatch):
+    monkeypatch.setattr("infer_patch.vision_tower._ROWS_AT_ONCE", rows)
+    call = random_call(leading=leading)
+    q, k = call.q.double(), call.k.double()
+    expected = (q @ k.transpose(-1, -2) * call.scale).softmax(-1)[:, :, leading:].mean((1, 2)).float()
+    torch.testing.assert_close(received_attention(call, by_patches=True), expected)
+    assert (received_attention(call) - expected).abs().max() > 0.005 or not leading
+
+
+def test_received_attention_holds_a_slice_of_rows():
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.numbers = max(self.numbers, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Largest() as largest:
+        received_attention(random_call(heads=4, n=577, batch=1), by_patches=True)
+    assert largest.numbers == 4 * 128 * 577
 
 
 @pytest.mark.parametrize("kind", ["2-D", "bool", "additive"])

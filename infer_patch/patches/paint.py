@@ -14,7 +14,7 @@ from infer_patch.errors import UnsupportedModelError
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.tokens import Tokens
 from infer_patch.vision_scores import EncoderScores
-from infer_patch.vision_tower import TowerCall, cls_attention, find_vision_tower
+from infer_patch.vision_tower import TowerCall, cls_attention, find_vision_tower, received_attention
 
 FIRST_LAYER = 2  # of the decoder, as in the authors' code
 _GAINS = "gains of visual tokens"  # of a sample, float32 by logical index; remembered by each layer of the cache
@@ -36,6 +36,9 @@ class Paint(Method):
         Gains of local and of summary tokens, 0 or more. Above alpha = 0.7 answers fall apart (authors' table 2).
     local_ratio : float
         Share of a picture's tokens that are local, in [0, 1].
+    spatial_ratio : float
+        Share of a picture's tokens that are local besides, in [0, 1]: those that the other patches look at most in the
+        encoder's first block. Our reading of the authors' spatial picks, whose released score ranks rounding errors.
     boost_prefill : bool
         Also for the last token of the prompt, which gives the first new token.
 
@@ -48,6 +51,7 @@ class Paint(Method):
     alpha: float = option(0.7, "gain of local tokens")
     beta: float = option(0.3, "gain of summary tokens")
     local_ratio: float = option(0.25, "share of a picture's tokens that are local")
+    spatial_ratio: float = option(0.0, "share of a picture's tokens that are local because other patches look at them")
     boost_prefill: bool = option(True, "also for the last token of the prompt")
 
     ports = ("calibrate",)
@@ -59,7 +63,9 @@ class Paint(Method):
         for name in ("alpha", "beta"):
             gain = getattr(self, name)
             self.require(isfinite(gain) and gain >= 0, f"{name} must be 0 or more, got {gain}")
-        self.require(0 <= self.local_ratio <= 1, f"local_ratio must be between 0 and 1, got {self.local_ratio}")
+        for name in ("local_ratio", "spatial_ratio"):
+            ratio = getattr(self, name)
+            self.require(0 <= ratio <= 1, f"{name} must be between 0 and 1, got {ratio}")
 
     def applicable_layers(self, parts: Any) -> tuple[int, ...]:
         kind = parts.model_type
@@ -90,17 +96,26 @@ class Paint(Method):
         return _Paint(self, parts, layers)
 
 
-def informed_tokens(first: Tensor, penultimate: Tensor, local_ratio: float) -> tuple[Tensor, Tensor]:
+def informed_tokens(
+    first: Tensor,
+    penultimate: Tensor,
+    local_ratio: float,
+    received: Tensor | None = None,
+    spatial_ratio: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Local and summary tokens of one picture, two disjoint bool [N].
 
     first, penultimate [N]: CLS attention in the encoder's first block and in the last but one. Summary tokens are
     those above Q3 + 1.5 IQR of the latter (quartiles interpolated linearly), local ones the floor(local_ratio N)
-    largest of the former that are not summary tokens.
+    largest of the former that are not summary tokens. received [N]: attention from all patches in the first block,
+    whose floor(spatial_ratio N) largest are local, too.
     """
     lower, upper = penultimate.quantile(0.25), penultimate.quantile(0.75)
     summary = penultimate > upper + 1.5 * (upper - lower)
     local = torch.zeros_like(summary)
     local[first.sort(descending=True, stable=True).indices[: int(local_ratio * len(first))]] = True
+    if received is not None:
+        local[received.sort(descending=True, stable=True).indices[: int(spatial_ratio * len(received))]] = True
     return local & ~summary, summary
 
 
@@ -127,7 +142,10 @@ class _Paint(Runtime):
 
     def encode(self, block: int, call: TowerCall) -> dict[str, Tensor]:
         row = cls_attention(call)
-        return {name: row for name, wanted in (("first", 0), ("penultimate", self._penultimate)) if block == wanted}
+        seen = {name: row for name, wanted in (("first", 0), ("penultimate", self._penultimate)) if block == wanted}
+        if block == 0 and self.config.spatial_ratio:
+            seen["received"] = received_attention(call, by_patches=True)
+        return seen
 
     def calibrate(self, layer: int, call: Any, output: Tensor) -> Tensor | str:
         if call.tokens.scores is not None:
@@ -156,15 +174,21 @@ class _Paint(Runtime):
                 memory[_GAINS] = torch.cat([before, new.new_zeros(tokens.past - len(before)), new[sample]])
 
     def _picked(self, seen: EncoderScores, image: Tensor) -> tuple[Tensor, list[bool]]:
+        config = self.config
         gains = torch.zeros(image.shape, device=image.device)
         first, penultimate = (seen.values[self, name] for name in ("first", "penultimate"))
+        received = seen.values.get((self, "received"))
         for sample, pictures in enumerate((image.amax(1) + 1).tolist()):
             for picture in range(pictures):
                 here = ((image[sample] == picture) & (seen.tile[sample] >= 0)).nonzero()[:, 0]
                 local, summary = informed_tokens(
-                    first[sample, here], penultimate[sample, here], self.config.local_ratio
+                    first[sample, here],
+                    penultimate[sample, here],
+                    config.local_ratio,
+                    None if received is None else received[sample, here],
+                    config.spatial_ratio,
                 )
-                gains[sample, here] = self.config.alpha * local + self.config.beta * summary
+                gains[sample, here] = config.alpha * local + config.beta * summary
         return gains, (gains > 0).any(1).tolist()
 
     @staticmethod
