@@ -76,9 +76,9 @@ class ColumnSums(NamedTuple):
             edited = edited[1:]
         return self._replace(rows=self.rows + count, sums=sums, recent=(), edited=edited, candidates=None)
 
-    def only_counted(self, count: int) -> ColumnSums:
-        """After `count` rows that nobody will ask the sums of."""
-        return self._replace(rows=self.rows + count)
+    def only_counted(self, rows: int) -> ColumnSums:
+        """At `rows` rows, whatever there was, for whom only the sinks of the prompt count."""
+        return ColumnSums.none(self.frozen[:, :rows])._replace(rows=rows)
 
     def settled(self, k: Tensor, kv: tuple[int, ...], scale: float) -> ColumnSums:
         """With every row in `sums`; k [H_kv, rows, D] are the keys so far."""

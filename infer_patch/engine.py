@@ -54,7 +54,7 @@ class Engine:
         self.stats = Stats(list(dict.fromkeys(m.name for m in plan)))
         self.reducers = self._by_port("reduce")
         self.selectors = {i: r for i, (r,) in self._by_port("select").items()}
-        self.calibrators = self._by_port("calibrate")
+        self.calibrators = {i: sorted(rs, key=_calibration_order) for i, rs in self._by_port("calibrate").items()}
         self.stores = {i: r for i, (r,) in self._by_port("store").items()}
         self.observers: dict[int, list[Runtime]] = {}
         self.watchers: dict[int, list[Runtime]] = {}
@@ -335,6 +335,10 @@ class Engine:
         full = run.reduction.scatter(run.full, rows, inplace=not run.keep_outputs)
         run.full = None
         return (full, *output[1:]) if isinstance(output, tuple) else full
+
+
+def _calibration_order(runtime: Runtime) -> int:
+    return runtime.config.calibration_order or 0
 
 
 def _asked(logits_to_keep: Any) -> int:

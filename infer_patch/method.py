@@ -60,6 +60,8 @@ class Method:
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     modality: ClassVar[str] = "any"  # "any", or "vision": needs a model with visual tokens
+    # place among the calibrating methods of a layer, the lowest first; None: it tolerates no other
+    calibration_order: ClassVar[int | None] = None
     artifact: ClassVar[str | None] = None  # what `infer-patch calibrate` must have produced, if anything
 
     def __post_init__(self) -> None:

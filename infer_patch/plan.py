@@ -146,10 +146,11 @@ def _conflict(first: Method, second: Method) -> str | None:
         return "a layer's keys and values can be kept in one way only"
     if "select" in a and "select" in b:
         return "a layer's key blocks can be selected by one method only"
-    if "calibrate" in a and "calibrate" in b:
+    orders = first.calibration_order, second.calibration_order
+    if "calibrate" in a and "calibrate" in b and (None in orders or orders[0] == orders[1]):
         return (
-            "each works out its correction from the model's own attention, which the other has changed, and the two "
-            "are not built to run one after the other"
+            "each works out its correction from the model's own attention, which the other has changed, and which of "
+            "the two comes first is not defined"
         )
     for x, y in ((first, second), (second, first)):
         if "calibrate" in x.active_ports() and "select" in y.active_ports():

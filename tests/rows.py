@@ -127,6 +127,13 @@ ROWS = [
     Row("var-none", (VAR(dims=(3, 17)),), vision=True, neutral=True, fires=False),  # phi is at most 8 in miniatures
     Row("fastv+act", (FastV(layer=1), ACT(heads=HEADS, **KEEN)), vision=True),
     Row("fastv+var", (FastV(layer=1, drop_ratio=0.25), SINKS), vision=True),
+    Row("var+act", (ACT(heads=HEADS, **KEEN), SINKS), vision=True, **WHOLE),
+    Row(
+        "paint+retrieval_heads+var+act",
+        (SINKS, ACT(heads=HEADS, **KEEN), RetrievalHeads(heads=MASKED), Paint(layers=(1, 3))),
+        vision=True,
+        **WHOLE,
+    ),
     Row("yopo", (YOPO(blind=BLIND, cut_layer=3),), vision=True),
     Row("yopo-exact", (YOPO(blind=BLIND, cut_layer=4, mode="exact"),), vision=True),
     Row("yopo-none", (YOPO(cut_layer=4),), vision=True, neutral=True, fires=False),

@@ -181,6 +181,7 @@ def shift_to_images(
     asked: Tensor,
     rule: ImageRule,
     scale: float,
+    lse: Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`output` with attention of chosen rows moved from sinks to the other visual tokens, and which rows were chosen.
@@ -193,13 +194,15 @@ def shift_to_images(
         Keys that are sinks, and keys that are visual tokens.
     asked : bool Tensor [b, T]
         Rows that may be chosen at all.
+    lse : Tensor [b, H, T], optional
+        Log-sum-exp of the rows, where it is known: then listed keys alone are scored.
 
     Returns
     -------
     Tensor like `output`, and bool [b, H, T]. Rows not chosen are as they were.
     """
     if not _asks_for_reference(implementation):
-        return _shift_to_images(output, q, k, v, sinks, visual, asked, rule, scale)
+        return _shift_to_images(output, q, k, v, sinks, visual, asked, rule, scale, lse)
     kv = rows_of.key_heads(q.shape[1], k.shape[1])
     a = reference_probabilities(q, k, kv, scale)
     changed, chosen = reference_shifted(a, sinks, visual, asked, rule)
@@ -221,12 +224,16 @@ def reference_shifted(
         (is_visual & is_sink & seen).any(-1) & asked[:, None],
         rule,
     )
+    return torch.where(chosen[..., None], shifted_probabilities(a, sinks, visual, rule.move), a), chosen
+
+
+def shifted_probabilities(a: Tensor, sinks: Tensor, visual: Tensor, move: float) -> Tensor:
+    """A' of rows that were chosen, from A [b, H, T, S]; sinks, visual [b, S]."""
+    is_sink, is_visual = sinks[:, None, None], visual[:, None, None]
     others = a * (is_visual & ~is_sink)
-    budget = rule.move * (a * is_sink).sum(-1, keepdim=True)
-    moved = torch.where(is_sink, (1 - rule.move) * a, a) + budget * others / others.sum(-1, keepdim=True).clamp(
-        min=1e-30
-    )
-    return torch.where(chosen[..., None], moved, a), chosen
+    budget = move * (a * is_sink).sum(-1, keepdim=True)
+    share = others / others.sum(-1, keepdim=True).clamp(min=_TINY)
+    return torch.where(is_sink, (1 - move) * a, a) + budget * share
 
 
 def _chosen(image: Tensor, sink: Tensor, tokens: Tensor, asked: Tensor, rule: ImageRule) -> Tensor:
@@ -245,6 +252,7 @@ def _shift_to_images(
     asked: Tensor,
     rule: ImageRule,
     scale: float,
+    lse: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, count, _ = q.shape
     keys, chosen = k.shape[2], torch.zeros(batch, heads, count, dtype=torch.bool, device=q.device)
@@ -256,18 +264,22 @@ def _shift_to_images(
     index = rows_of.key_lists(visual | sinks)
     held = index >= 0
     is_sink, is_visual = ((x.gather(1, index.clamp(min=0)) & held)[:, None, None] for x in (sinks, visual))
-    values = rows_of.listed_rows(v, index[:, None].expand(-1, v.shape[1], -1), tuple(range(v.shape[1]))).float()
+    each, listed = tuple(range(v.shape[1])), index[:, None].expand(-1, v.shape[1], -1)
+    listed_k = rows_of.listed_rows(k, listed, each).float().transpose(-1, -2)
+    values = rows_of.listed_rows(v, listed, each).float()
+    known = lse if lse is not None and not (torch.is_grad_enabled() and q.requires_grad) else None
     parts = [output[:, :, :first]]
-    for part in rows_of.row_blocks(batch, heads, count - first, keys, q.device):
+    for part in rows_of.row_blocks(batch, heads, count - first, keys if known is None else len(index[0]), q.device):
         here = slice(part.start + first, part.stop + first)
         past = keys - count + here.start
-        z = rows_of.scores(q[:, :, here], k, kv, scale, past)
-        lse = z.logsumexp(-1, keepdim=True)
-        visible = past + here.stop - here.start
-        at = torch.where(held & (index < visible), index, 0)
-        row = torch.arange(past, visible, device=q.device)[:, None]
+        if known is None:
+            row_lse = rows_of.row_lse(q[:, :, here], k[:, :, : past + here.stop - here.start], kv, scale)
+        else:
+            row_lse = known[:, :, here]
+        row = torch.arange(past, past + here.stop - here.start, device=q.device)[:, None]
         seen = (held[:, None] & (index[:, None] <= row))[:, None]
-        p = (z.gather(-1, at[:, None, None].expand(*z.shape[:3], -1)) - lse).exp() * seen
+        z = scale * rows_of.per_key_head(q[:, :, here].float(), listed_k, kv) - row_lse[..., None]
+        p = z.masked_fill(~seen, float("-inf")).exp()
         image, sink = (p * is_visual).sum(-1), (p * (is_visual & is_sink)).sum(-1)
         may = asked[:, None, here] & (is_visual & is_sink & seen).any(-1)
         taken = _chosen(image, sink, (is_visual & seen).sum(-1), may, rule)

@@ -74,6 +74,7 @@ class ACT(Method):
 
     ports = ("calibrate",)
     paper = "arXiv 2406.15765"
+    calibration_order = 3
     summary = "take attention from later sinks in chosen heads"
     artifact = "a head list (infer-patch calibrate act)"
 
@@ -304,7 +305,7 @@ class _ACT(Runtime):
         keys, kv = call.k.shape[2], self.kv[layer]
         listed = torch.stack([F.pad(x.frozen, (0, keys - x.frozen.shape[-1])) for x in known])
         for memory, held in zip(call.memory, known):
-            memory[self] = held.only_counted(q.shape[2])
+            memory[self] = held.only_counted(keys)
         if call.edits:
             return self._lowered(layer, call, q, output, listed)
         lse = self._known_lse(layer, call)
@@ -325,6 +326,8 @@ class _ACT(Runtime):
         if held.rows <= call.past:
             return held
         newest = held.rows - call.past
+        if self.config.decode == "frozen":
+            return held.only_counted(call.past)
         left = held.without(newest, call.k[sample, :, : call.past], self.kv[layer], call.scale)
         if left is None:
             raise UnsupportedCallError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, cast
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infer_patch.errors import UnsupportedModelError
 from infer_patch.method import Method, Runtime, option, register
+from infer_patch.row_edits import RowEdit
 from infer_patch.tokens import Tokens
 from infer_patch.vision_scores import EncoderScores
 from infer_patch.vision_tower import TowerCall, cls_attention, find_vision_tower, received_attention
@@ -56,6 +57,7 @@ class Paint(Method):
 
     ports = ("calibrate",)
     paper = "arXiv 2501.12206"
+    calibration_order = 0
     summary = "raise the newest token's attention to patches that the CLS token looks at"
     modality = "vision"
 
@@ -119,6 +121,22 @@ def informed_tokens(
     return local & ~summary, summary
 
 
+def boosted(z: Tensor, gains: Tensor) -> Tensor:
+    """Probabilities of scores z raised to z + g |z|, gains g broadcast over them; z is finite."""
+    return (z + gains * z.abs()).softmax(-1)
+
+
+def boosting(gains: Tensor, rows: int) -> RowEdit:
+    """What methods after this one find in the last of a call's `rows`: gains [b, S] at work."""
+
+    def edit(a: Tensor, z: Tensor, heads: Sequence[int], here: slice) -> Tensor:
+        if here.stop < rows:
+            return a
+        return torch.cat([a[:, :, :-1], boosted(z[:, :, -1:], gains[:, None, None])], 2)
+
+    return edit
+
+
 def boosted_row(q: Tensor, k: Tensor, v: Tensor, gains: Tensor, scale: float) -> Tensor:
     """Attention of one query with scores z = scale q k raised to z + g |z|, softmax in fp32: [b, H, 1, D].
 
@@ -126,7 +144,7 @@ def boosted_row(q: Tensor, k: Tensor, v: Tensor, gains: Tensor, scale: float) ->
     """
     grouped = q.float().unflatten(1, (k.shape[1], -1))
     z = grouped @ k.float()[:, :, None].transpose(-1, -2) * scale
-    weights = (z + gains[:, None, None, None] * z.abs()).softmax(-1)
+    weights = boosted(z, gains[:, None, None, None])
     return (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
@@ -160,6 +178,7 @@ class _Paint(Runtime):
         corrected = output.clone()
         corrected[raised, :, -1:] = row[raised]
         call.counts["rows"] = sum(raised) * call.q.shape[1]
+        call.edits.append(boosting(gains, call.q.shape[2]))
         return corrected
 
     def _remember(self, call: Any) -> None:

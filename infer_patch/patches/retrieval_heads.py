@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from infer_patch.errors import PlanError, UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_scores import Head, HeadScores, parse_head
 from infer_patch.method import Method, Runtime, option, register
+from infer_patch.row_edits import RowEdit
 
 _REMEDY = "Make a file with `infer-patch calibrate retrieval-heads`, or take a published one of this layout."
 
@@ -66,6 +68,7 @@ class RetrievalHeads(Method):
 
     ports = ("calibrate",)
     paper = "arXiv 2404.15574"
+    calibration_order = 1
     summary = "mask chosen heads, to see which ones copy facts out of the context; for study"
     artifact = "a score file (infer-patch calibrate retrieval-heads), unless heads are named"
 
@@ -160,6 +163,23 @@ def window_means(v: Tensor, positions: Tensor, rows: int, window: int) -> Tensor
     return (sums[:, :, keys - rows + 1 :] - earlier) / counts[:, None, :, None]
 
 
+def masking(masked: Sequence[int], first: int, uniform: bool) -> RowEdit:
+    """What methods after this one find: from row `first` of a call on, masked heads attend evenly, or to nothing."""
+
+    def edit(a: Tensor, z: Tensor, heads: Sequence[int], rows: slice) -> Tensor:
+        here, since = [heads.index(head) for head in masked if head in heads], max(first - rows.start, 0)
+        if not here or since >= a.shape[2]:
+            return a
+        a = a.clone()
+        visible = z[:, here, since:] > float("-inf")
+        a[:, here, since:] = (
+            visible / visible.sum(-1, keepdim=True) if uniform else torch.zeros_like(z[:, here, since:])
+        )
+        return a
+
+    return edit
+
+
 class _Masking(Runtime):
     config: RetrievalHeads
     any_mask = True
@@ -180,6 +200,7 @@ class _Masking(Runtime):
         rows = queries if self.config.phase == "all" else min(call.tokens.asked, queries)
         output = output.clone()
         call.counts["rows"] = rows * len(self.heads[layer]) * len(call.samples)
+        call.edits.append(masking(self.heads[layer], queries - rows, uniform=self.config.mode == "uniform"))
         if self.config.mode == "zero":
             output[:, self.heads[layer], queries - rows :] = 0
             return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,15 @@ from torch import Tensor
 
 from infer_patch.errors import PlanError, UnsupportedModelError
 from infer_patch.head_lists import is_number
-from infer_patch.kernels.calibrated_attention import ImageRule, shift_to_images
+from infer_patch.kernels.calibrated_attention import (
+    ImageRule,
+    reference_shifted,
+    shift_to_images,
+    shifted_probabilities,
+)
+from infer_patch.kernels.row_attention import key_heads
 from infer_patch.method import Method, Runtime, option, register
+from infer_patch.row_edits import RowEdit, attended, edited_rows
 from infer_patch.selection import plain_attention_layers
 
 FIRST_LAYER = 2  # in layers 0 and 1 no token is a sink
@@ -67,6 +75,7 @@ class VAR(Method):
 
     ports = ("calibrate",)
     paper = "arXiv 2503.03321"
+    calibration_order = 2
     summary = "give the attention of sinks to the other visual tokens"
     modality = "vision"
     artifact = "sink dimensions (infer-patch calibrate var)"
@@ -123,6 +132,16 @@ def sink_activation(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x[..., list(dims)].abs().amax(-1) * torch.rsqrt(x.square().mean(-1) + 1e-6)
 
 
+def shifting(chosen: Tensor, sinks: Tensor, visual: Tensor, move: float) -> RowEdit:
+    """What methods after this one find: rows chosen [b, H, T] with their attention moved; sinks, visual [b, S]."""
+
+    def edit(a: Tensor, z: Tensor, heads: Sequence[int], rows: slice) -> Tensor:
+        here, seen = chosen[:, list(heads), rows, None], slice(a.shape[-1])
+        return torch.where(here, shifted_probabilities(a, sinks[:, seen], visual[:, seen], move), a)
+
+    return edit
+
+
 class _Seen(NamedTuple):
     """The tokens of one sample in one layer, as far as they were looked at: bool [n] each; those after are neither
     sinks nor visual. `reason`: why no row of it is edited, None where rows may be."""
@@ -135,6 +154,7 @@ class _Seen(NamedTuple):
 class _VAR(Runtime):
     config: VAR
     reads_images = True
+    reads_lse = True
 
     def __init__(self, config: VAR, parts: Any, layers: tuple[int, ...]):
         super().__init__(config, parts, layers)
@@ -167,11 +187,35 @@ class _VAR(Runtime):
         asked = (sinks & visual).any(1, keepdim=True) & ~(visual[:, call.past :].flip(1).cumsum(1) > 0).flip(
             1
         )  # behind the last picture of this call
-        new, chosen = shift_to_images(output, call.q, call.k, call.v, sinks, visual, asked, self.rule, call.scale)
+        if call.edits:
+            new, chosen = self._over_edited(call, output, sinks, visual, asked)
+        else:
+            new, chosen = shift_to_images(
+                output, call.q, call.k, call.v, sinks, visual, asked, self.rule, call.scale, call.lse
+            )
+        call.edits.append(shifting(chosen, sinks, visual, self.rule.move))
         call.counts.update(rows=chosen.sum(), rows_asked=asked.sum() * call.q.shape[1])
         if (self, layer) in call.tokens.shared:
             call.counts.update(visual_sinks=(sinks & visual).sum(), text_sinks=(sinks & ~visual).sum())
         return new
+
+    def _over_edited(
+        self, call: Any, output: Tensor, sinks: Tensor, visual: Tensor, asked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`shift_to_images` over rows that another method had changed."""
+        heads = call.q.shape[1]
+        kv = key_heads(heads, call.k.shape[1])
+        new, chosen = output.clone(), torch.zeros(output.shape[:3], dtype=torch.bool, device=output.device)
+        for here, a in edited_rows(call.q, call.k, range(heads), kv, call.scale, call.edits):
+            if not bool(asked[:, here].any()):
+                continue
+            seen = slice(a.shape[-1])
+            moved, rows = reference_shifted(a, sinks[:, seen], visual[:, seen], asked[:, here], self.rule)
+            chosen[:, :, here] = rows
+            new[:, :, here] = torch.where(
+                rows[..., None], attended(moved, call.v, kv).to(output.dtype), output[:, :, here]
+            )
+        return new, chosen
 
     def _seen(self, layer: int, call: Any, i: int) -> _Seen | None:
         """What is known of the i-th sample after this call; None if earlier calls went by unseen."""
