@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-HUGE = 3000.0  # beside contents of some hundreds in the demo model's residual stream
+HUGE = (3000.0, -3000.0)  # beside contents of some hundreds in the demo model's residual stream
 FIRST_LAYER = 2  # the first whose keys may read a planted dimension: in real models no token is a sink before it
 
 
@@ -43,29 +43,31 @@ def norms_of(model: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def plant(model: Any, dims: Sequence[int], places: Sequence[int], first_token: int, huge: float = HUGE) -> Any:
-    """Make `first_token`, and the visual tokens at `places` of every picture, huge in two dimensions; the hook.
+def plant(
+    model: Any, dims: Sequence[int], places: Sequence[int], first_token: int, values: Sequence[float] = HUGE
+) -> None:
+    """Give `first_token`, and the visual tokens at `places` of every picture, these values in these dimensions.
 
     No weight reads or writes these dimensions afterwards, whether or not one did before. The sinks' own content shrinks
     all the same: RMSNorm divides by the root mean square of the whole vector.
     """
-    text, values, columns = model.model.language_model, torch.tensor([huge, -huge]), list(dims)
+    text, columns = model.model.language_model, list(dims)
     for norm in (*norms_of(model), text.norm):
         norm.weight[columns] = 0
     for layer in text.layers:
         for writes in (layer.self_attn.o_proj, layer.mlp.down_proj):
             writes.weight[columns] = 0
     text.embed_tokens.weight[:, columns] = 0
-    text.embed_tokens.weight[first_token, columns] = values
+    text.embed_tokens.weight[first_token, columns] = torch.tensor(values)
 
     def put(module: Any, arguments: Any, output: Tensor) -> Tensor:
         output = output.clone()
         output[..., columns] = 0
         for place in places:
-            output[..., place, columns] = values.to(output)
+            output[..., place, columns] = output.new_tensor(values)
         return output
 
-    return model.model.multi_modal_projector.register_forward_hook(put)
+    model.model.multi_modal_projector.register_forward_hook(put)
 
 
 @torch.no_grad()
