@@ -115,3 +115,14 @@ def pull(model: Any, dims: Sequence[int], count: int, prompts: Sequence[Mapping[
         key = q * (wanted / (scale * q.square().sum(-1)))[:, None]
         layer.input_layernorm.weight[dims[0]] = 1
         attention.k_proj.weight[:, dims[0]] = key.flatten() / math.sqrt(model.config.text_config.hidden_size / 2)
+
+
+@torch.no_grad()
+def sizes(model: Any, inputs: Any, layer: int, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of every token where it enters a layer: phi, the max over planted dimensions of |x_d| / rms(x), and the share of
+    the vector's length that the other dimensions have; [T] each."""
+    x = model(**inputs, output_hidden_states=True).hidden_states[layer][0].double()
+    others = x.clone()
+    others[:, list(dims)] = 0
+    phi = x[:, list(dims)].abs().amax(-1) / (x.square().mean(-1) + 1e-6).sqrt()
+    return phi, others.norm(dim=-1) / x.norm(dim=-1)

@@ -6,8 +6,9 @@ The demo model has none, and at a width of 256 could have none. Its decoder is w
 which nothing reads or writes the new ones (the logits stay the same), and the first token and four visual tokens get a
 huge value in two of them. That is `planted`. The rest of such a token shrinks, for RMSNorm divides by the whole vector,
 as in real models; but what is left of it draws next to no attention. `pulling` goes on to what real sinks do: keys
-from layer 2 on read one planted dimension, so that sinks draw attention; values do not. A width above 800 lets two
-dimensions be above tau = 20 at once, since their squares add up to the width at most.
+from layer 2 on read one planted dimension, so that sinks draw attention; values do not. In `pulling hard` they draw so
+much that answers suffer, and there is something to win back. A width above 800 lets two dimensions be above tau = 20 at
+once, since their squares add up to the width at most.
 
 Looked at: which tokens are sinks in which layer; rows asked and rows edited by layer and head; where their attention
 lies before and after, measured (`infer_patch.evals.attention_view`) and held against the formula, written out here on
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planted import plant, pull, widened
+from planted import plant, pull, sizes, widened
 from torch import Tensor
 
 from infer_patch import Plan, patch
@@ -50,20 +51,22 @@ WIDTH, DIMS = 1024, (700, 900)
 SIDE = SIZE // PATCH
 CELLS = ((0, 5), (4, 15), (11, 0), (15, 9))  # row and column of the planted tokens, at the edge: mostly background
 PLACES = tuple(SIDE * row + column for row, column in CELLS)
-SHARE = 0.02  # that `pulling` sinks would draw of a mean row; rows differ, and the mean is far above that of the mean
+# that sinks would draw of a row with the mean query; rows differ, and what they draw of all rows is far more
+SHARES = {"pulling": 0.02, "pulling hard": 0.9}
 OFFICIAL = VAR(dims=DIMS)
 MORE = replace(OFFICIAL, move_fraction=0.6)  # as two readers of the paper have it
 
 
 def build(processor: Any, model: Any) -> dict[str, Any]:
-    """Three twins of the demo model: widened without sinks, with planted ones, and with sinks that draw attention."""
+    """Twins of the demo model: widened without sinks, with planted ones, and with sinks that draw attention."""
     first = processor.tokenizer.bos_token_id
-    twins = {name: widened(model, WIDTH) for name in ("widened", "planted", "pulling")}
-    for name in ("planted", "pulling"):
-        plant(twins[name], DIMS, PLACES, first)
+    twins = {name: widened(model, WIDTH) for name in ("widened", "planted", *SHARES)}
     others = PopeScenes(scenes=4, seed=99).items(processor, model)  # not the scenes that are asked about
     prompts = [encode(item.prompt, processor, model) for item in others[::4]]
-    pull(twins["pulling"], DIMS, 1 + len(PLACES), prompts, SHARE)
+    for name in ("planted", *SHARES):
+        plant(twins[name], DIMS, PLACES, first)
+        if name in SHARES:
+            pull(twins[name], DIMS, 1 + len(PLACES), prompts, SHARES[name])
     return twins
 
 
@@ -73,13 +76,6 @@ def token_kinds(model: Any, inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     planted = torch.zeros_like(visual)
     planted[[0, *(int(visual.nonzero()[place]) for place in PLACES)]] = True
     return visual, planted, torch.arange(len(visual)) > visual.nonzero().max()
-
-
-@torch.no_grad()
-def sizes(model: Any, inputs: Any) -> Tensor:
-    """phi of every token where it enters a layer: max over planted dimensions of |x_d| / rms(x), [L, T]."""
-    states = torch.stack(model(**inputs, output_hidden_states=True).hidden_states[:-1])[:, 0].double()
-    return states[..., list(DIMS)].abs().amax(-1) / (states.square().mean(-1) + 1e-6).sqrt()
 
 
 def formula(a: Tensor, sinks: Tensor, visual: Tensor, asked: Tensor, method: VAR) -> tuple[Tensor, Tensor]:
@@ -104,7 +100,8 @@ def look(model: Any, inputs: Any, layer: int, method: VAR = OFFICIAL) -> tuple[d
     """One layer under VAR on it alone: what was reported, what was measured, how far that is from the formula; and the
     measured attention before and after [H, T, T] with the edited rows [H, T]."""
     visual, planted, asked = token_kinds(model, inputs)
-    plan, phi = Plan((replace(method, layers=(layer,)),)), sizes(model, inputs)[layer]
+    plan = Plan((replace(method, layers=(layer,)),))
+    phi, content = sizes(model, inputs, layer, DIMS)
     model.set_attn_implementation("eager")
     eager = model(**inputs, output_attentions=True).attentions[layer][0]
     model.set_attn_implementation("sdpa")
@@ -125,8 +122,10 @@ def look(model: Any, inputs: Any, layer: int, method: VAR = OFFICIAL) -> tuple[d
         "reported": {name: int(counts[name]) for name in ("visual_sinks", "text_sinks", "rows_asked", "rows")},
         "least_phi_of_sinks": round(float(phi[planted].min()), 2),
         "largest_phi_of_others": float(phi[~planted].max()),
+        "content_left_in_sinks": _mean(content[planted]),
         "asked_rows_mass_on_sinks": _mean(before[:, asked][..., sinks].sum(-1)),
         "rows_by_head": edited.sum(1).tolist(),
+        "heads_editing_the_last_row": int(edited[:, -1].sum()),
         "mass_before": {name: _mean(before[edited][:, kind].sum(1)) for name, kind in kinds.items()},
         "mass_after": {name: _mean(after[edited][:, kind].sum(1)) for name, kind in kinds.items()},
         "error_to_formula": float((after - expected).abs().max()),
@@ -167,7 +166,7 @@ def questions(demo: Any, twins: dict[str, Any], processor: Any, scenes: int, lim
     task = PopeScenes(scenes=scenes)
     items = task.items(processor, demo)[:limit]
     sides = {"demo": (demo, None), "widened": (twins["widened"], None)}
-    for name in ("planted", "pulling"):
+    for name in ("planted", *SHARES):
         sides |= {name: (twins[name], None), f"{name}, var": (twins[name], OFFICIAL)}
     sides["pulling, var moving 0.6"] = (twins["pulling"], MORE)
     found = {}
@@ -175,19 +174,17 @@ def questions(demo: Any, twins: dict[str, Any], processor: Any, scenes: int, lim
         print(f"{len(items)} questions: {name}", flush=True)
         found[name] = answers(model, processor, task, items, method)
     groups, compared = [item.group for item in items], []
-    for one, other in (
-        ("demo", "planted"),
-        ("planted", "planted, var"),
-        ("demo", "pulling"),
-        ("pulling", "pulling, var"),
-        ("pulling", "pulling, var moving 0.6"),
-    ):
+    pairs = [pair for name in ("planted", *SHARES) for pair in (("demo", name), (name, f"{name}, var"))]
+    for one, other in [*pairs, ("pulling", "pulling, var moving 0.6")]:
         changes = [abs(a - b) for a, b in zip(found[one]["margins"], found[other]["margins"])]
         statistic = paired(found[one]["right"], found[other]["right"], groups).to_dict()
         margin = {"mean": round(statistics.fmean(changes), 4), "max": round(max(changes), 4)}
         compared.append({"reference": one, "other": other, **statistic, "change_of_margin": margin})
     same = found["demo"]["texts"] == found["widened"]["texts"]
-    brief = {name: {k: v for k, v in side.items() if k in ("accuracy", "right")} for name, side in found.items()}
+    brief = {
+        name: {"accuracy": side["accuracy"], "right": "".join(str(int(x)) for x in side["right"])}
+        for name, side in found.items()
+    }
     return {"items": len(items), "scenes": scenes, "widened_answers_equal": same, "sides": brief, "compared": compared}
 
 
@@ -232,7 +229,7 @@ def draw(file: Path, picture: Any, question: str, pieces: list[str], seen: Seque
     panels[3].set_title("difference\n(blue: more, red: less)", fontsize=9)
     figure.colorbar(image, ax=panels[3], shrink=0.8)
     for panel in panels:
-        edge = "black" if panel is panels[3] else "white"
+        edge = "black" if panel is panels[3] else "#ff4d4d"
         for y, x in CELLS:
             panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=edge, linewidth=1.2))
         panel.set(xticks=[], yticks=[])
@@ -244,7 +241,7 @@ def draw(file: Path, picture: Any, question: str, pieces: list[str], seen: Seque
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of result.json and planted-sinks.png")
-    parser.add_argument("--scenes", type=int, default=6, help="that are asked about, about 11 questions each")
+    parser.add_argument("--scenes", type=int, default=12, help="that are asked about, about 11 questions each")
     parser.add_argument("--looked-at", type=int, default=2, help="scenes whose attention is looked at")
     parser.add_argument("--few", action="store_true", help="one layer, four questions, no language model: a try")
     given = parser.parse_args(arguments)
@@ -278,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["questions"] = questions(demo, twins, processor, given.scenes, 4 if given.few else None)
     if not given.few:
         result["calibrate"]["demo language model"] = dimensions(*load("demo"))
-    settings = {"width": WIDTH, "dims": DIMS, "cells": CELLS, "share": SHARE, "method": OFFICIAL.to_dict()}
+    settings = {"width": WIDTH, "dims": DIMS, "cells": CELLS, "shares": SHARES, "method": OFFICIAL.to_dict()}
     document = {
         "benchmark": "planted_sinks",
         "schema": 1,

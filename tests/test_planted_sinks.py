@@ -66,6 +66,7 @@ def test_attention_moves_by_the_formula_from_the_planted_tokens(script, made, na
     assert found["reported"]["rows"] == sum(found["rows_by_head"]) > 0
     assert found["reported"]["rows_asked"] > found["reported"]["rows"]
     assert found["error_to_formula"] < 2e-5 and found["error_of_row_sums"] < 2e-6
+    assert 0 < found["content_left_in_sinks"] < 0.1 and found["least_phi_of_sinks"] > 20
     assert found["other_rows_bit_equal"] and found["text_keys_bit_equal"]
     moved = found["mass_before"]["sinks"] - found["mass_after"]["sinks"]
     assert moved == pytest.approx(0.4 * found["mass_before"]["sinks"], abs=1e-5) and moved > 0
@@ -86,5 +87,5 @@ def test_a_try_of_the_whole_script(script, made, tmp_path, monkeypatch):
     assert calibrated["planted"]["dims"] == calibrated["pulling"]["dims"] == list(script.DIMS)
     assert calibrated["demo-vlm"]["dims"] == calibrated["widened"]["dims"] == []
     assert found["questions"]["widened_answers_equal"] and found["questions"]["items"] == 4
-    assert set(found["questions"]["sides"]) >= {"demo", "planted, var", "pulling, var moving 0.6"}
+    assert set(found["questions"]["sides"]) >= {"demo", "planted, var", "pulling, var moving 0.6", "pulling hard, var"}
     assert (tmp_path / "planted-sinks.png").read_bytes()[1:4] == b"PNG"
