@@ -107,7 +107,7 @@ def measure(
     names = [plan.name for plan in plans]
     if not names or len({UNPATCHED, CONTROL, *names}) < len(names) + 2:
         raise PatchError(f"give plans of different names, none {UNPATCHED!r} or {CONTROL!r}; got {', '.join(names)}")
-    twins = {side: _twin(model) for side in (UNPATCHED, *names, CONTROL)}
+    twins = {side: twin(model) for side in (UNPATCHED, *names, CONTROL)}
     done = itertools.count()
 
     def tick() -> None:
@@ -130,7 +130,7 @@ def measure(
     return results
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """A copy of the modules around the same weights."""
     weights = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
