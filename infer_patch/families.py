@@ -53,7 +53,8 @@ class ModelParts:
 
     @property
     def num_kv_heads(self) -> int:
-        return int(getattr(self.text_config, "num_key_value_heads", None) or self.num_heads)
+        """By the modules: configurations may carry a `num_key_value_heads` that their model ignores (GPT-NeoX)."""
+        return self.num_heads // int(getattr(self.attentions[0], "num_key_value_groups", 1))
 
     @property
     def head_dim(self) -> int:
