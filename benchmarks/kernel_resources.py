@@ -31,7 +31,7 @@ BEGIN, END = "<!-- table: made by benchmarks/kernel_resources.py -->\n", "<!-- e
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _FP32 = {"lse_ptr", "lses_ptr", "parts_ptr", "score_ptr", "sums_ptr", "mass_ptr"}
 _INT64 = {"idx_ptr", "count_ptr", "rows_ptr", "probe_ptr", "position_ptr"}
-_SCALARS = {"scale": "fp32", "slack": "fp32", "beta": "fp32"}
+_SCALARS = dict.fromkeys(("scale", "slack", "beta", "portion", "least", "move"), "fp32")
 _PACKED = {  # types of pointers in packed groups, whatever the dtype of the model
     **{f"{name}_ptr": "fp16" for name in ("k_step", "k_low", "v_step", "v_low", "channel")},
     "valid_ptr": "i32",
@@ -108,6 +108,19 @@ def cases(capability: int) -> Iterator[Case]:
         yield from _probes(size, dtype, shared)
     for size, dtype in [(64, bf16), (128, bf16), (256, bf16), (128, fp32)]:
         yield from _calibrated(8, size, dtype)
+    # 32/8 heads: the last row, a draft of 8, a prompt
+    for size, dtype, queries in [
+        (64, bf16, 1),
+        (64, bf16, 512),
+        (128, bf16, 1),
+        (128, bf16, 8),
+        (128, bf16, 512),
+        (256, bf16, 1),
+        (256, bf16, 512),
+        (64, fp32, 512),
+        (128, fp32, 512),
+    ]:
+        yield _shift(queries, size, dtype)
 
 
 def _prefill(heads: int, kv_heads: int, size: int, dtype: torch.dtype, shared: int) -> Case:
@@ -205,6 +218,15 @@ def _calibrated(heads: int, size: int, dtype: torch.dtype) -> Iterator[Case]:
     constants, options = module.constants(heads, size, dtype, size)
     tile = f"{constants['TILE_Q']} rows, {constants['TILE_K']} listed keys"
     yield Case(module.lower_columns_kernel, tile, size, dtype, constants, options, types=types)
+
+
+def _shift(queries: int, size: int, dtype: torch.dtype) -> Case:
+    from infer_patch.kernels import image_shift_triton as module
+
+    constants, options = module.constants(32, 8, queries, size, size, dtype)
+    types = {"kinds_ptr": "u8", "asked_ptr": "u8", "chosen_ptr": "u8"}
+    tile = f"{constants['ROWS']} rows, {constants['TILE']} listed keys"
+    return Case(module.shift_to_images_kernel, tile, size, dtype, constants, options, types=types)
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""ACT's Triton kernels on a GPU: the cases of the interpreter, and a long prompt in bfloat16."""
+"""ACT's and VAR's Triton kernels on a GPU: the cases of the interpreter, long prompts, steps that do not wait."""
 
 import os
 
@@ -10,8 +10,9 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 from calibrated_cases import *  # noqa: F403
+from calibrated_cases import key_heads, reference_probabilities
 
-from infer_patch.kernels.calibrated_attention import lower_columns
+from infer_patch.kernels.calibrated_attention import ImageRule, lower_columns, shift_to_images
 from infer_patch.kernels.dense_attention import dense_attention
 from infer_patch.kernels.dispatch import triton_refusal
 from infer_patch.kernels.row_attention import lse_and_column_sums
@@ -34,3 +35,52 @@ def test_long_prompts_in_half_precision(size):
     new, old = (lower_columns(output, q, k, v, kv, listed, 0.4, scale, implementation=x) for x in ("triton", "cpu"))
     assert torch.equal(new[1], old[1])
     torch.testing.assert_close(new[0], old[0], atol=2e-2, rtol=2e-2)
+
+
+def long_picture(queries, keys, device="cuda"):
+    """Two samples, 576 and 1,200 visual tokens, a sink in every 50 of them, and text sinks."""
+    visual = torch.zeros(2, keys, dtype=torch.bool, device=device)
+    visual[0, 30:606], visual[1, 100:1300] = True, True
+    sinks = torch.zeros_like(visual)
+    sinks[:, ::50] = True
+    asked = (torch.arange(keys - queries, keys, device=device) >= 1300).expand(2, -1)
+    return sinks, visual, asked
+
+
+@pytest.mark.parametrize("queries", [1, 8, 2000])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_rows_shifted_in_half_precision(queries, size, dtype, tolerance):
+    generator = torch.Generator("cuda").manual_seed(size)
+    shape = dict(device="cuda", dtype=dtype, generator=generator)
+    q, (k, v) = torch.randn(2, 8, queries, size, **shape), (torch.randn(2, 2, 2000, size, **shape) for _ in range(2))
+    marks, rule = long_picture(queries, 2000), ImageRule(0.6, 0.2, 0.6)
+    a = reference_probabilities(q, k, key_heads(8, 2), size**-0.5)
+    output = (a @ v.float().repeat_interleave(4, 1)).to(dtype)
+    found, expected = (
+        shift_to_images(output, q, k, v, *marks, rule, size**-0.5, implementation=name)
+        for name in ("triton", "reference")
+    )
+    assert torch.equal(found[1], expected[1]) and found[1][0].any() and found[1][1].any()
+    torch.testing.assert_close(found[0], expected[0], atol=tolerance, rtol=tolerance)
+    assert torch.equal(found[0][~found[1]], output[~found[1]])
+
+
+def without_waiting(step):
+    """What `step` gives while every wait for the GPU is an error; it ran once before."""
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_of_var_never_wait_for_the_gpu():
+    q, k, v = (torch.randn(2, h, n, 64, device="cuda", dtype=torch.float16) for h, n in ((8, 1), (2, 2000), (2, 2000)))
+    marks, rule = long_picture(1, 2000), ImageRule(1.0, 0.0, 0.4)
+    found, chosen = without_waiting(lambda: shift_to_images(q, q, k, v, *marks, rule, 0.1))
+    expected = shift_to_images(q, q, k, v, *marks, rule, 0.1, implementation="reference")
+    assert torch.equal(chosen, expected[1]) and chosen.any()
+    torch.testing.assert_close(found, expected[0], atol=3e-3, rtol=3e-3)
