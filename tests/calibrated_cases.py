@@ -4,8 +4,10 @@ import pytest
 import torch
 from kernel_cases import poisoned_memory
 from test_calibrated_attention import RULES
+from test_calibrated_row import RULES as STEP_RULES
+from test_calibrated_row import lowered_by_hand, step
 
-from infer_patch.kernels import calibrated_triton, image_shift_triton
+from infer_patch.kernels import calibrated_row_triton, calibrated_triton, image_shift_triton
 from infer_patch.kernels.calibrated_attention import (
     lower_columns,
     reference_probabilities,
@@ -141,3 +143,34 @@ def test_log_sums_of_few_rows_and_of_many(queries, monkeypatch):
         monkeypatch.setattr(image_shift_triton, "_FEW_ROWS", few)
         found = image_shift_triton._row_lse(q, k, 0.3)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+STEPS = [
+    # batch, key heads, key head of each, keys, size of values, splits, dtype, tolerance
+    (2, 2, (0, 0, 1), 61, 24, 2, torch.float32, 2e-5),
+    (1, 4, (1, 1, 3), 700, 16, None, torch.float32, 2e-5),
+    (3, 1, (0,), 600, 24, 1, torch.float16, 3e-3),
+    (2, 4, (0, 2), 2, 16, None, torch.bfloat16, 2e-2),
+    (2, 4, (1, 2), 900, 24, 5, torch.bfloat16, 2e-2),
+]
+
+
+@pytest.mark.parametrize("spare, min_queries", STEP_RULES)
+@pytest.mark.parametrize("batch, kv_heads, kv, keys, size_v, splits, dtype, tolerance", STEPS)
+def test_steps(batch, kv_heads, kv, keys, size_v, splits, dtype, tolerance, spare, min_queries):
+    """One new row of each head, from its scores to its output."""
+    call = step(batch, kv_heads, kv, dtype, keys, size_v)
+    new, changed, sums, factor = lowered_by_hand(*call[:-1], 0.1, spare, min_queries, 0.4)
+    output, q, k, v, held, _, index = (x.to(DEVICE) if torch.is_tensor(x) else x for x in call)
+    limit = 2.0 if dtype == torch.bfloat16 else 4.0
+    rule = 0.1, spare == "first_token", min_queries, 0.4, 0.3, limit
+    with poisoned_memory():
+        found = calibrated_row_triton.running_row(output, q, k, v, held, index, *rule, splits=splits)
+    result, rows, total, lse = (x.cpu() for x in found)
+    assert torch.equal(rows, changed) and result.dtype == dtype
+    torch.testing.assert_close(result.double(), new, atol=tolerance, rtol=tolerance)
+    assert torch.equal(result[~changed], call[0][~changed])
+    torch.testing.assert_close(total, sums.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, row_lse(call[1], call[2], kv, 0.3), atol=1e-4, rtol=1e-5)
+    if keys > 60 and min_queries == 1:  # of every kind: as it was, multiplied, afresh
+        assert changed.any() and factor.max() > limit

@@ -53,7 +53,7 @@ def _listed(
 @triton.jit(do_not_specialize=["queries", "keys"])
 def shift_to_images_kernel(
     o_ptr, q_ptr, k_ptr, v_ptr, idx_ptr, count_ptr, kinds_ptr, asked_ptr, lse_ptr, out_ptr, chosen_ptr,
-    scale, portion, least, move, queries, keys,
+    scale, portion, least_mass, move, queries, keys,
     o_batch, o_head, o_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr,
@@ -100,7 +100,7 @@ def shift_to_images_kernel(
         sink_tokens += tl.sum((seen & (is_sink & is_visual)[None, :]).to(tl.float32), 1)
     image = others + visual_sinks
     share = visual_sinks / tl.maximum(image + _EPSILON * tokens, _TINY)
-    chosen = (asked != 0) & (sink_tokens > 0) & (share <= portion) & (image >= least) & (others > _EPSILON)
+    chosen = (asked != 0) & (sink_tokens > 0) & (share <= portion) & (image >= least_mass) & (others > _EPSILON)
 
     gain = tl.where(chosen, move * sinks / tl.maximum(others, _TINY), 0.0)
     loss = tl.where(chosen, move, 0.0)
@@ -188,5 +188,6 @@ def _row_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
     heads, rows, kv_heads, keys = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     if heads // kv_heads * rows > _FEW_ROWS:
         return calibrated_triton.lse_and_column_sums(q, k, key_heads(heads, kv_heads), scale, sums=False)[0]
-    position = torch.arange(keys, device=q.device)[None]
-    return probe_scores_triton.row_log_sums(q, k, scale, position[:, keys - rows :], position)
+    # two tensors: a slice of one would be aligned for some lengths only, and compile for the others anew
+    at, positions = (torch.arange(first, keys, device=q.device)[None] for first in (keys - rows, 0))
+    return probe_scores_triton.row_log_sums(q, k, scale, at, positions)

@@ -11,8 +11,10 @@ pytest.importorskip("triton")
 
 from calibrated_cases import *  # noqa: F403
 from calibrated_cases import key_heads, reference_probabilities
+from test_calibrated_row import step
 
 from infer_patch.kernels.calibrated_attention import ImageRule, lower_columns, shift_to_images
+from infer_patch.kernels.calibrated_row import running_row
 from infer_patch.kernels.dense_attention import dense_attention
 from infer_patch.kernels.dispatch import triton_refusal
 from infer_patch.kernels.row_attention import lse_and_column_sums
@@ -66,13 +68,13 @@ def test_rows_shifted_in_half_precision(queries, size, dtype, tolerance):
     assert torch.equal(found[0][~found[1]], output[~found[1]])
 
 
-def without_waiting(step):
-    """What `step` gives while every wait for the GPU is an error; it ran once before."""
-    step()  # compiles
+def without_waiting(call):
+    """What `call` gives while every wait for the GPU is an error; it ran once before."""
+    call()  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        return step()
+        return call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -84,3 +86,46 @@ def test_steps_of_var_never_wait_for_the_gpu():
     expected = shift_to_images(q, q, k, v, *marks, rule, 0.1, implementation="reference")
     assert torch.equal(chosen, expected[1]) and chosen.any()
     torch.testing.assert_close(found, expected[0], atol=3e-3, rtol=3e-3)
+
+
+@pytest.mark.parametrize("keys", [60, 4000, 65536])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("spare, min_queries", [("first_detected", 1), ("first_token", 6)])
+def test_a_step_of_act_repeats_and_never_waits_for_the_gpu(keys, dtype, tolerance, spare, min_queries):
+    call = [x.cuda() if torch.is_tensor(x) else x for x in step(2, 4, (0, 0, 1, 3), dtype, keys)]
+    rule = 0.1, spare, min_queries, 0.4, 0.3
+    found = without_waiting(lambda: running_row(*call, *rule))
+    again, expected = (running_row(*call, *rule, implementation=name) for name in ("triton", "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(found, again))
+    assert torch.equal(found[1], expected[1]) and found[1].any() and not found[1].all()
+    torch.testing.assert_close(found[0], expected[0], atol=tolerance, rtol=tolerance)
+    assert torch.equal(found[0][~found[1]], call[0][~found[1]])
+    for a, b in zip(found[2:], expected[2:]):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+def test_steps_of_act_in_a_cuda_graph(size):
+    """Other rows, sums and keys are served by the same graph."""
+    first, second = (
+        [
+            torch.randn(2, h, n, size, device="cuda", dtype=torch.bfloat16)
+            for h, n in ((4, 1), (4, 1), (2, 3000), (2, 3000))
+        ]
+        + [torch.rand(2, 4, 2999, device="cuda") * torch.arange(3000, 1, -1, device="cuda") * 0.11]
+        for _ in range(2)
+    )
+    rest = (0, 0, 1, 1), torch.tensor([0, 0, 1, 1], device="cuda"), 0.1, "first_detected", 1, 0.4, size**-0.5
+    held = [x.clone() for x in first]
+    running_row(*held, *rest)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = running_row(*held, *rest)
+    for call in (first, second, first):
+        for to, x in zip(held, call):
+            to.copy_(x)
+        graph.replay()
+        expected = running_row(*call, *rest, implementation="reference")
+        assert torch.equal(out[1], expected[1]) and out[1].all()
+        torch.testing.assert_close(out[0], expected[0], atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(out[2], expected[2], atol=1e-4, rtol=1e-4)
