@@ -5,7 +5,7 @@ import torch
 from kernel_cases import poisoned_memory
 from test_calibrated_attention import RULES
 from test_calibrated_row import RULES as STEP_RULES
-from test_calibrated_row import lowered_by_hand, step
+from test_calibrated_row import all_on_one_key, lowered_by_hand, step
 
 from infer_patch.kernels import calibrated_row_triton, calibrated_triton, image_shift_triton
 from infer_patch.kernels.calibrated_attention import (
@@ -16,8 +16,8 @@ from infer_patch.kernels.calibrated_attention import (
 from infer_patch.kernels.row_attention import key_heads, key_lists, lse_and_column_sums, row_lse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(50, 50), (1, 1), (7, 61), (70, 130)]
-SUBSETS = [(2, (0, 0, 0, 1, 1, 1)), (4, (1, 1, 3)), (1, (0,))]
+SHAPES = [(50, 50), (1, 1), (7, 61), (66, 101)]
+SUBSETS = [(2, (0, 0, 1, 1)), (4, (1, 1, 3)), (1, (0,))]
 
 
 def draw(queries, keys, kv_heads, heads, size=16, size_v=16, dtype=torch.float32):
@@ -174,3 +174,12 @@ def test_steps(batch, kv_heads, kv, keys, size_v, splits, dtype, tolerance, spar
     torch.testing.assert_close(lse, row_lse(call[1], call[2], kv, 0.3), atol=1e-4, rtol=1e-5)
     if keys > 60 and min_queries == 1:  # of every kind: as it was, multiplied, afresh
         assert changed.any() and factor.max() > limit
+
+
+@pytest.mark.parametrize("splits", [None, 3])
+def test_steps_with_mass_on_nothing_else(splits):
+    output, q, k, v, held, _, index = (x.to(DEVICE) if torch.is_tensor(x) else x for x in all_on_one_key())
+    rule = 0.1, True, 1, 0.4, 0.3, 4.0
+    found, changed, *_ = calibrated_row_triton.running_row(output, q, k, v, held, index, *rule, splits=splits)
+    assert changed.flatten().tolist() == [False, True]
+    assert torch.equal(found[:, 0], output[:, 0]) and not torch.equal(found[:, 1], output[:, 1])

@@ -40,16 +40,16 @@ def test_one_row_equals_the_columns_lowered(batch, kv_heads, kv, dtype, toleranc
 
 
 def step(batch, kv_heads, kv, dtype=torch.float32, keys=60, size_v=16):
-    """What `running_row` takes up to `kv_index`: sums that make keys 0, 5, 11 and the last but one sinks, and one head
-    none. Key 5 takes nearly everything in some heads."""
+    """What `running_row` takes up to `kv_index`: keys 0, 5, 11, -12 and -2 are sinks, in one head none is. Keys 5 and
+    -12 take nearly everything in some heads."""
     q, k, v = inputs(batch, kv_heads, kv, dtype, keys)
     if keys > 20:
         for head, key_head in enumerate(kv):
-            k[:, key_head, 5] = 2 * q[:, head, 0]
+            k[:, key_head, 5], k[:, key_head, -12] = 2 * q[:, head, 0], 1.95 * q[:, head, 0]
     v = v.repeat(1, 1, 1, 2)[..., :size_v]
     seen_by = torch.arange(keys, 1, -1.0)
     sums = 0.05 * seen_by * torch.rand(batch, len(kv), keys - 1, generator=torch.Generator().manual_seed(2))
-    sinks = [i for i in (0, 5, 11, keys - 2) if i < keys - 1]
+    sinks = [i for i in (0, 5, 11, keys - 12, keys - 2) if 0 <= i < keys - 1]
     sums[..., sinks] = 0.3 * seen_by[sinks]
     sums[0, 0] = 0
     a = reference_probabilities(q, k, kv, 0.3)
@@ -96,6 +96,23 @@ def test_a_whole_step_equals_the_definition(keys, spare, min_queries, batch, kv_
         assert torch.equal(found[0][~changed], output[~changed])
         torch.testing.assert_close(found[2], sums.float(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found[3], row_lse(q, k, kv, 0.3), atol=1e-5, rtol=1e-5)
+
+
+def all_on_one_key(keys=40):
+    """A step in which one listed key takes all of a head's attention, to the last digit."""
+    q, k = torch.zeros(1, 2, 1, 16), torch.randn(1, 1, keys, 16, generator=torch.Generator().manual_seed(4))
+    q[:, 0, :, 0], k[:, :, 7, 0] = 100, 100
+    sums = torch.zeros(1, 2, keys - 1)
+    sums[..., 7] = keys
+    return torch.full((1, 2, 1, 16), 0.5), q, k, k, sums, (0, 0), torch.tensor([0, 0])
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_a_row_with_mass_on_nothing_else_is_left_as_it_is(name):
+    call = all_on_one_key()
+    found, changed, *_ = running_row(*call, 0.1, "first_token", 1, 0.4, 0.3, implementation=name)
+    assert changed.flatten().tolist() == [False, True]
+    assert torch.equal(found[:, 0], call[0][:, 0]) and not torch.equal(found[:, 1], call[0][:, 1])
 
 
 @pytest.mark.parametrize("spare", ["first_detected", "first_token"])
