@@ -122,6 +122,14 @@ def test_shifted_rows(heads, kv_heads, queries, keys, rule, size, size_v, dtype,
     assert not rows.all() or queries == 1
 
 
+def test_rows_within_a_picture():
+    """Rows see no listed key behind them, and themselves."""
+    q, k, v = draw(50, 50, 2, 4)
+    sinks, visual, asked = picture(50, 50)
+    rows, _ = compare_shifted(q, k, v, sinks, visual, asked | True, RULES[2], 2e-5)
+    assert rows[0, :, 10:20].any() and rows[1, :, 10:15].any() and not rows[:, :, :8].any()
+
+
 def test_samples_without_rows_to_shift():
     """No visual sink in the first sample; no row asked of either; and no picture at all."""
     q, k, v = draw(30, 70, 2, 4)

@@ -1,6 +1,7 @@
 """ACT's and VAR's Triton kernels on a GPU: the cases of the interpreter, long prompts, steps that do not wait."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -68,22 +69,31 @@ def test_rows_shifted_in_half_precision(queries, size, dtype, tolerance):
     assert torch.equal(found[0][~found[1]], output[~found[1]])
 
 
-def without_waiting(call):
-    """What `call` gives while every wait for the GPU is an error; it ran once before."""
-    call()  # compiles
+@contextmanager
+def no_waiting():
+    """Every wait for the GPU is an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        return call()
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def without_waiting(work):
+    """What `work` gives where it must not wait for the GPU; it ran once before."""
+    work()  # compiles
+    with no_waiting():
+        return work()
 
 
 def test_steps_of_var_never_wait_for_the_gpu():
     q, k, v = (torch.randn(2, h, n, 64, device="cuda", dtype=torch.float16) for h, n in ((8, 1), (2, 2000), (2, 2000)))
     marks, rule = long_picture(1, 2000), ImageRule(1.0, 0.0, 0.4)
-    found, chosen = without_waiting(lambda: shift_to_images(q, q, k, v, *marks, rule, 0.1))
-    expected = shift_to_images(q, q, k, v, *marks, rule, 0.1, implementation="reference")
+    a = reference_probabilities(q, k, key_heads(8, 2), 0.1)
+    output = (a @ v.float().repeat_interleave(4, 1)).to(q.dtype)
+    found, chosen = without_waiting(lambda: shift_to_images(output, q, k, v, *marks, rule, 0.1))
+    expected = shift_to_images(output, q, k, v, *marks, rule, 0.1, implementation="reference")
     assert torch.equal(chosen, expected[1]) and chosen.any()
     torch.testing.assert_close(found, expected[0], atol=3e-3, rtol=3e-3)
 
@@ -92,14 +102,14 @@ def test_steps_of_var_never_wait_for_the_gpu():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("spare, min_queries", [("first_detected", 1), ("first_token", 6)])
 def test_a_step_of_act_repeats_and_never_waits_for_the_gpu(keys, dtype, tolerance, spare, min_queries):
-    call = [x.cuda() if torch.is_tensor(x) else x for x in step(2, 4, (0, 0, 1, 3), dtype, keys)]
+    tensors = [x.cuda() if torch.is_tensor(x) else x for x in step(2, 4, (0, 0, 1, 3), dtype, keys)]
     rule = 0.1, spare, min_queries, 0.4, 0.3
-    found = without_waiting(lambda: running_row(*call, *rule))
-    again, expected = (running_row(*call, *rule, implementation=name) for name in ("triton", "reference"))
+    found = without_waiting(lambda: running_row(*tensors, *rule))
+    again, expected = (running_row(*tensors, *rule, implementation=name) for name in ("triton", "reference"))
     assert all(torch.equal(a, b) for a, b in zip(found, again))
     assert torch.equal(found[1], expected[1]) and found[1].any() and not found[1].all()
     torch.testing.assert_close(found[0], expected[0], atol=tolerance, rtol=tolerance)
-    assert torch.equal(found[0][~found[1]], call[0][~found[1]])
+    assert torch.equal(found[0][~found[1]], tensors[0][~found[1]])
     for a, b in zip(found[2:], expected[2:]):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -121,11 +131,11 @@ def test_steps_of_act_in_a_cuda_graph(size):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = running_row(*held, *rest)
-    for call in (first, second, first):
-        for to, x in zip(held, call):
+    for tensors in (first, second, first):
+        for to, x in zip(held, tensors):
             to.copy_(x)
         graph.replay()
-        expected = running_row(*call, *rest, implementation="reference")
+        expected = running_row(*tensors, *rest, implementation="reference")
         assert torch.equal(out[1], expected[1]) and out[1].all()
         torch.testing.assert_close(out[0], expected[0], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(out[2], expected[2], atol=1e-4, rtol=1e-4)
