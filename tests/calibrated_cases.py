@@ -58,7 +58,7 @@ def test_lowered_columns(queries, keys, kv_heads, kv, share, size, size_v, dtype
     output = (a.double() @ v.double()[:, list(kv)]).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
     expected, rows = lower_columns(output, q, k, v, kv, listed, 0.4, 0.3, implementation="reference")
     lse = row_lse(q, k, kv, 0.3)
-    for known in (lse, None):
+    for known in (lse, None) if share < 0.1 else (lse,):
         found, changed = lower_columns(output, q, k, v, kv, listed, 0.4, 0.3, known, implementation="triton")
         assert torch.equal(changed, rows) and found.dtype == dtype
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=10 * tolerance)
