@@ -13,7 +13,7 @@ from infer_patch.errors import UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_lists import HeadList, is_number, read_heads
 from infer_patch.kernels import row_attention as rows_of
 from infer_patch.kernels.calibrated_attention import lower_columns, lowered_probabilities
-from infer_patch.kernels.calibrated_row import lower_row
+from infer_patch.kernels.calibrated_row import lower_row, running_row
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.selection import plain_attention_layers
 
@@ -184,7 +184,7 @@ class _ACT(Runtime):
             if len(known) < len(held) or any(x.sums.shape[-1] != call.past for x in known):
                 return "not all rows so far were read under this plan"
             later = self._frozen if config.decode == "frozen" else self._running
-            if later == self._running and q.shape[2] == 1 and not q.is_cuda and not _wants_gradients(call.q, output):
+            if later == self._running and q.shape[2] == 1 and not _wants_gradients(call.q, output):
                 later = self._step
             new, rows = later(layer, call, q, chosen, known)
         call.counts["rows"] = rows.sum()
@@ -213,6 +213,13 @@ class _ACT(Runtime):
     def _step(self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[_Columns]) -> tuple[Tensor, Tensor]:
         """What `_running` does, for one row of each sample: every operation counts here."""
         config, kv, keys = self.config, self.kv[layer], call.k.shape[2]
+        if q.is_cuda:
+            sums = known[0].sums[None] if len(known) == 1 else torch.stack([x.sums for x in known])
+            rule = self._threshold(keys), config.spare, config.min_queries, config.beta, call.scale
+            index = self._index(layer, q.device)[1]
+            new, changed, sums, lse = running_row(output, q, call.k, call.v, sums, kv, index, *rule)
+            self._keep(call, sums, [x.recent for x in known], q, lse, [x.frozen for x in known])
+            return new, changed
         a, lse = rows_of.newest_row(q, call.k, kv, call.scale)
         sums = a.clone()
         sums[..., :-1].add_(known[0].sums if len(known) == 1 else torch.stack([x.sums for x in known]))

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from calibrated_cases import *  # noqa: F403
 from calibrated_cases import key_heads, reference_probabilities
+from test_act import LOW, PARTS, call, draw
 from test_calibrated_row import step
 
 from infer_patch.kernels.calibrated_attention import ImageRule, lower_columns, shift_to_images
@@ -19,6 +20,7 @@ from infer_patch.kernels.calibrated_row import running_row
 from infer_patch.kernels.dense_attention import dense_attention
 from infer_patch.kernels.dispatch import triton_refusal
 from infer_patch.kernels.row_attention import lse_and_column_sums
+from infer_patch.patches import ACT
 
 if triton_refusal("cuda"):
     pytest.skip(triton_refusal("cuda"), allow_module_level=True)
@@ -139,3 +141,21 @@ def test_steps_of_act_in_a_cuda_graph(size):
         assert torch.equal(out[1], expected[1]) and out[1].all()
         torch.testing.assert_close(out[0], expected[0], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(out[2], expected[2], atol=1e-4, rtol=1e-4)
+
+
+def decoded(device, rows=60, steps=4):
+    """What ACT gives for a prompt and the steps behind it, the last of which must not wait."""
+    q, k, v = (x.to(device) for x in draw(rows))
+    plain = reference_probabilities(q, k, key_heads(6, 2), 0.25) @ v.repeat_interleave(3, 1)
+    runtime, memory, first = ACT(**LOW).runtime(PARTS, (0,)), [{}, {}], rows - steps
+    found = [runtime.calibrate(0, call(q, k, v, first, memory, first), plain[:, :, :first])]
+    for until in range(first + 1, rows):
+        found.append(runtime.calibrate(0, call(q, k, v, 1, memory, until), plain[:, :, until - 1 : until]))
+    with no_waiting():
+        found.append(runtime.calibrate(0, call(q, k, v, 1, memory), plain[:, :, rows - 1 :]))
+    return torch.cat(found, 2).cpu(), [x.sums.cpu() for sample in memory for x in sample.values()]
+
+
+def test_act_decodes_on_a_gpu_as_on_the_processor_and_never_waits():
+    for a, b in zip(decoded("cuda"), decoded("cpu")):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
