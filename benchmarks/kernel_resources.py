@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ SHARED = {80: 166912, 86: 101376, 90: 232448}  # bytes a program may use, by com
 REGISTERS = 65536  # of a multiprocessor
 BEGIN, END = "<!-- table: made by benchmarks/kernel_resources.py -->\n", "<!-- end of table -->\n"
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_FP32 = {"lse_ptr", "lses_ptr", "parts_ptr", "score_ptr", "sums_ptr", "mass_ptr"}
+_FP32 = {f"{name}_ptr" for name in ("lse", "lses", "parts", "score", "sums", "mass", "old", "found", "p", "factor")}
 _INT64 = {"idx_ptr", "count_ptr", "rows_ptr", "probe_ptr", "position_ptr"}
-_SCALARS = {"scale": "fp32", "slack": "fp32", "beta": "fp32"}
+_SCALARS = dict.fromkeys(("scale", "slack", "beta", "limit", "threshold", "portion", "least_mass", "move"), "fp32")
 _PACKED = {  # types of pointers in packed groups, whatever the dtype of the model
     **{f"{name}_ptr": "fp16" for name in ("k_step", "k_low", "v_step", "v_low", "channel")},
     "valid_ptr": "i32",
@@ -108,6 +109,21 @@ def cases(capability: int) -> Iterator[Case]:
         yield from _probes(size, dtype, shared)
     for size, dtype in [(64, bf16), (128, bf16), (256, bf16), (128, fp32)]:
         yield from _calibrated(8, size, dtype)
+    # 32/8 heads: the last row, a draft of 8, a prompt
+    for size, dtype, queries in [
+        (64, bf16, 1),
+        (64, bf16, 512),
+        (128, bf16, 1),
+        (128, bf16, 8),
+        (128, bf16, 512),
+        (256, bf16, 1),
+        (256, bf16, 512),
+        (64, fp32, 512),
+        (128, fp32, 512),
+    ]:
+        yield _shift(queries, size, dtype)
+    for size, dtype in [(64, bf16), (128, bf16), (256, bf16), (128, fp32)]:
+        yield from _running(8, size, dtype)
 
 
 def _prefill(heads: int, kv_heads: int, size: int, dtype: torch.dtype, shared: int) -> Case:
@@ -205,6 +221,31 @@ def _calibrated(heads: int, size: int, dtype: torch.dtype) -> Iterator[Case]:
     constants, options = module.constants(heads, size, dtype, size)
     tile = f"{constants['TILE_Q']} rows, {constants['TILE_K']} listed keys"
     yield Case(module.lower_columns_kernel, tile, size, dtype, constants, options, types=types)
+
+
+def _shift(queries: int, size: int, dtype: torch.dtype) -> Case:
+    from infer_patch.kernels import image_shift_triton as module
+
+    constants, options = module.constants(32, 8, queries, size, size, dtype)
+    types = {"kinds_ptr": "u8", "asked_ptr": "u8", "chosen_ptr": "u8"}
+    tile = f"{constants['ROWS']} rows, {constants['TILE']} listed keys"
+    return Case(module.shift_to_images_kernel, tile, size, dtype, constants, options, types=types)
+
+
+def _running(heads: int, size: int, dtype: torch.dtype) -> Iterator[Case]:
+    from infer_patch.kernels import calibrated_row_triton as module
+
+    constants, options = module.sizes(heads, size), {"num_warps": 4, **module.OPTIONS}
+    types = {"kv_ptr": "i64", "first_ptr": "i32", "changed_ptr": "u8"}
+    case = partial(Case, size=size, dtype=dtype, options=options, matrix=False, types=types)
+    tile = f"{constants['TILE']} keys"
+    yield case(module.row_scores_kernel, tile, constants=constants)
+    if (size, dtype) == (128, torch.bfloat16):  # the same in every size and dtype
+        summed = {"TILE": module.SUMMED, "SPARE_TOKEN": False}
+        yield case(module.add_row_kernel, f"{module.SUMMED} keys", constants=summed)
+    yield case(module.lower_row_kernel, tile, constants=constants | {"SPARE_TOKEN": False})
+    merged = {name: constants[name] for name in ("HEADS", "SIZE", "PAD")}
+    yield case(module.finish_row_kernel, "32 splits", constants=merged)
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:

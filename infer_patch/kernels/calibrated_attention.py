@@ -12,13 +12,12 @@ and O_N, m_N those of visual tokens that are no sinks:
 
     o'_i = o_i - move O_S,i + move (m_S,i / m_N,i) O_N,i
 
-Faces: `reference` (fp32, writes the T x S probabilities out), `cpu` (fast torch, any device, rows in blocks) and, of
-`lower_columns` alone, `triton` (NVIDIA GPUs). An argument or INFER_PATCH_KERNELS overrides the choice.
+Faces: `reference` (fp32, writes the T x S probabilities out), `cpu` (fast torch, any device, rows in blocks) and
+`triton` (NVIDIA GPUs; no gradients). An argument or INFER_PATCH_KERNELS overrides the choice.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -201,7 +200,12 @@ def shift_to_images(
     -------
     Tensor like `output`, and bool [b, H, T]. Rows not chosen are as they were.
     """
-    if not _asks_for_reference(implementation):
+    face = choose(implementation, rows_of.FACES, q, k, v, output)
+    if face == "triton":
+        from infer_patch.kernels import image_shift_triton
+
+        return image_shift_triton.shift_to_images(output, q, k, v, sinks, visual, asked, rule, scale)
+    if face == "cpu":
         return _shift_to_images(output, q, k, v, sinks, visual, asked, rule, scale, lse)
     kv = rows_of.key_heads(q.shape[1], k.shape[1])
     a = reference_probabilities(q, k, kv, scale)
@@ -290,10 +294,3 @@ def _shift_to_images(
         parts.append(torch.where(taken[..., None], new.to(output.dtype), output[:, :, here]))
         chosen[:, :, here] = taken
     return torch.cat(parts, 2), chosen
-
-
-def _asks_for_reference(implementation: str | None) -> bool:
-    name = implementation or os.environ.get("INFER_PATCH_KERNELS") or "cpu"
-    if name not in ("reference", "cpu", "triton"):  # on GPUs, too, the torch path runs
-        raise ValueError(f"unknown kernel implementation {name!r}; choose from reference, cpu")
-    return name == "reference"

@@ -135,15 +135,17 @@ def constants(
     return named, {"num_warps": 4, "num_stages": depth, **OPTIONS}
 
 
-def probe_scores(
+def row_log_sums(
     q: Tensor, k: Tensor, scale: float, probes: Tensor, positions: Tensor, splits: int | None = None
 ) -> Tensor:
-    """`probe_scores` of q [B, H, m, D] and k [B, H_kv, n, D], positions int64 [B, m] and [B, n]: fp32 [B, H_kv, n].
+    """Natural log-sum-exp of rows q [B, H, m, D] over the keys k [B, H_kv, n, D] up to each: fp32 [B, H, m].
 
     Parameters
     ----------
+    probes, positions : int64 Tensor [B or 1, m] and [B or 1, n]
+        Positions of rows and keys.
     splits : int, optional
-        Parts of the keys in the first pass; default by the size of the GPU.
+        Parts of the keys; default by the size of the GPU.
     """
     (batch, heads, m, size), (kv_heads, n) = q.shape, k.shape[1:3]
     q, k = rows_contiguous(q), rows_contiguous(k)
@@ -154,15 +156,31 @@ def probe_scores(
     row_tiles, column_tiles = triton.cdiv(rows, named["ROWS"]), triton.cdiv(n, named["COLUMNS"])
     if splits is None:
         splits = max(1, min(2 * multiprocessors // (batch * kv_heads * row_tiles), column_tiles // 2, MAX_SPLITS.value))
-    fp32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    lses, mass = torch.empty(batch * kv_heads, splits, rows, **fp32), torch.empty(batch, kv_heads, n, **fp32)
+    lses = torch.empty(batch * kv_heads, splits, rows, dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3], probes.stride(0), positions.stride(0))
     with torch.cuda.device_of(q):
         probe_sums_kernel[(splits, row_tiles, batch * kv_heads)](
             q, k, probes, positions, lses, float(scale * LOG2_E), m, n, splits, *strides, **named, **options
         )
-        lse = (lses * (1 / LOG2_E)).logsumexp(1) * LOG2_E
-        probe_mass_kernel[(column_tiles, batch * kv_heads)](
+    return (lses * (1 / LOG2_E)).logsumexp(1).view(batch, heads, m)
+
+
+def probe_scores(
+    q: Tensor, k: Tensor, scale: float, probes: Tensor, positions: Tensor, splits: int | None = None
+) -> Tensor:
+    """`probe_scores` of q [B, H, m, D] and k [B, H_kv, n, D], positions int64 [B, m] and [B, n]: fp32 [B, H_kv, n].
+
+    `splits` as of `row_log_sums`, the first pass.
+    """
+    (batch, heads, m, size), (kv_heads, n) = q.shape, k.shape[1:3]
+    q, k = rows_contiguous(q), rows_contiguous(k)
+    probes, positions = (rows_contiguous(x).expand(batch, -1) for x in (probes, positions))
+    lse = row_log_sums(q, k, scale, probes, positions, splits) * LOG2_E
+    named, options = constants(heads, kv_heads, m, size, q.dtype, gpu(q.device)[1])
+    mass = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=q.device)
+    strides = (*q.stride()[:3], *k.stride()[:3], probes.stride(0), positions.stride(0))
+    with torch.cuda.device_of(q):
+        probe_mass_kernel[(triton.cdiv(n, named["COLUMNS"]), batch * kv_heads)](
             q, k, probes, positions, lse, mass, float(scale * LOG2_E), m, n, *strides, **named, **options
         )
     return mass

@@ -131,11 +131,15 @@ def newest_row(q: Tensor, k: Tensor, kv: tuple[int, ...], scale: float) -> tuple
     return a, z.amax(-1, keepdim=True) - a.amax(-1, keepdim=True).log()
 
 
-def key_lists(mask: Tensor) -> Tensor:
-    """Where a bool mask [..., S] is true: indices [..., m], ascending, then `NOWHERE`. Waits for the device."""
-    m = int(mask.sum(-1).max()) if mask.numel() else 0
+def key_lists(mask: Tensor, width: int | None = None) -> Tensor:
+    """Where a bool mask [..., S] is true: indices [..., m], ascending, then `NOWHERE`.
+
+    m is that of the longest list, for which this waits for the device; or `width`, where it is given.
+    """
+    if width is None:
+        width = int(mask.sum(-1).max()) if mask.numel() else 0
     numbers = torch.arange(mask.shape[-1], device=mask.device)
-    index = torch.where(mask, numbers, mask.shape[-1]).sort(-1).values[..., :m]
+    index = torch.where(mask, numbers, mask.shape[-1]).sort(-1).values[..., :width]
     return index.masked_fill(index == mask.shape[-1], NOWHERE)
 
 

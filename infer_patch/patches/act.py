@@ -16,6 +16,7 @@ from infer_patch.errors import UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_lists import HeadList, is_number, read_heads
 from infer_patch.kernels import row_attention as rows_of
 from infer_patch.kernels.calibrated_attention import LARGEST_FACTOR, lower_columns, lowered_probabilities
+from infer_patch.kernels.calibrated_row import running_row
 from infer_patch.kernels.sink_candidates import SinkCandidates, SinkRule
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.row_edits import attended, edited_rows
@@ -162,7 +163,7 @@ class _ACT(Runtime):
         self.kv = {layer: tuple(h // group for h in heads) for layer, heads in self.heads.items()}
         self._rule = SinkRule(config.beta, config.spare, config.min_queries)
         self._every_head = rows_of.key_heads(parts.num_heads, parts.num_kv_heads)
-        self._indices: dict[Any, Tensor] = {}
+        self._indices: dict[Any, tuple[Tensor, ...]] = {}
 
     def calibrate(self, layer: int, call: Any, output: Tensor) -> Tensor | str:
         config = self.config
@@ -176,25 +177,27 @@ class _ACT(Runtime):
             known = [self._cropped(x, call, i, layer) for i, x in enumerate(held) if x is not None]
             if len(known) < len(held) or any(x.rows != call.past for x in known):
                 return "not all rows so far were read under this plan"
-            single = call.q.shape[2] == 1 and call.q.device.type == "cpu" and not _wants_gradients(call.q, output)
-            if single and config.decode == "running" and not call.edits:
-                corrected, call.counts["rows"] = self._step(layer, call, output, known)
-                return corrected
-        heads = self._index(layer, output.device)
+        single = call.q.shape[2] == 1 and not call.edits and not _wants_gradients(call.q, output)
+        if known and single and config.decode == "running" and output.device.type == "cpu":
+            corrected, call.counts["rows"] = self._step(layer, call, output, known)
+            return corrected
+        heads, _ = self._index(layer, output.device)
         q, chosen = call.q.index_select(1, heads), output.index_select(1, heads)
         if call.past == 0:
             new, call.counts["rows"] = self._prompt(layer, call, q, chosen)
         elif config.decode == "frozen":
             new, call.counts["rows"] = self._frozen(layer, call, q, chosen, known)
+        elif single:
+            new, call.counts["rows"] = self._step_on_device(layer, call, q, chosen, known)
         else:
             new, call.counts["rows"] = self._running(layer, call, q, chosen, known)
         return output.index_copy(1, heads, new)
 
-    def _index(self, layer: int, device: torch.device) -> Tensor:
-        """The chosen query heads of a layer."""
+    def _index(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The chosen query heads of a layer, and the key head of each."""
         if (layer, device) not in self._indices:
             with torch.inference_mode(False):  # they may serve calls with gradients later
-                self._indices[layer, device] = torch.tensor(self.heads[layer], device=device)
+                self._indices[layer, device] = torch.tensor([self.heads[layer], self.kv[layer]], device=device).unbind()
         return self._indices[layer, device]
 
     def _threshold(self, keys: Any) -> Any:
@@ -202,7 +205,7 @@ class _ACT(Runtime):
 
     def _known_lse(self, layer: int, call: Any) -> Tensor | None:
         """Log-sum-exp of the chosen heads' rows, [b, h, T], if the model's own attention told it."""
-        return None if call.lse is None else call.lse.index_select(1, self._index(layer, call.lse.device))
+        return None if call.lse is None else call.lse.index_select(1, self._index(layer, call.lse.device)[0])
 
     def _edited(self, layer: int, call: Any, q: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return edited_rows(q, call.k, self.heads[layer], self.kv[layer], call.scale, call.edits)
@@ -268,6 +271,17 @@ class _ACT(Runtime):
         q, plain, k, v = call.q[here, heads], output[here, heads], call.k[here], call.v[here]
         new, rows = lower_columns(plain, q, k, v, self.kv[layer], listed[None], self.config.beta, call.scale)
         return int(rows.sum()), new[0, :, 0].detach().float().numpy()
+
+    def _step_on_device(
+        self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[ColumnSums]
+    ) -> tuple[Tensor, Tensor]:
+        """The same where nothing should wait for the device: by all keys."""
+        config, kv, index = self.config, self.kv[layer], self._index(layer, q.device)[1]
+        sums = known[0].sums[None] if len(known) == 1 else torch.stack([x.sums for x in known])
+        rule = self._threshold(call.k.shape[2]), config.spare, config.min_queries, config.beta, call.scale
+        new, changed, sums, lse = running_row(output, q, call.k, call.v, sums, kv, index, *rule)
+        self._keep(call, known, q, sums, lse, None)
+        return new, changed.sum()
 
     def _running(
         self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[ColumnSums]
