@@ -8,11 +8,8 @@ from test_calibrated_row import RULES as STEP_RULES
 from test_calibrated_row import all_on_one_key, lowered_by_hand, step
 
 from infer_patch.kernels import calibrated_row_triton, calibrated_triton, image_shift_triton
-from infer_patch.kernels.calibrated_attention import (
-    lower_columns,
-    reference_probabilities,
-    shift_to_images,
-)
+from infer_patch.kernels.calibrated_attention import lower_columns, reference_probabilities
+from infer_patch.kernels.image_shift import shift_to_images
 from infer_patch.kernels.row_attention import key_heads, key_lists, lse_and_column_sums, row_lse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

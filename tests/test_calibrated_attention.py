@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from infer_patch.kernels import row_attention
-from infer_patch.kernels.calibrated_attention import (
-    ImageRule,
-    lower_columns,
-    lowered_probabilities,
-    reference_probabilities,
-    reference_shifted,
-    shift_to_images,
-)
+from infer_patch.kernels.calibrated_attention import lower_columns, lowered_probabilities, reference_probabilities
+from infer_patch.kernels.image_shift import ImageRule, reference_shifted, shift_to_images
 from infer_patch.kernels.row_attention import key_heads, key_lists, lse_and_column_sums, per_key_head
 
 SHAPES = [(50, 50), (1, 1), (1, 70), (7, 61), (130, 200)]

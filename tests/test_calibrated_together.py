@@ -10,7 +10,7 @@ from test_var import DIMS, PLANTED, planted, prompt  # noqa: F401  (a fixture)
 import infer_patch
 from infer_patch import attend
 from infer_patch.errors import UnsupportedCallError
-from infer_patch.kernels.calibrated_attention import ImageRule
+from infer_patch.kernels.image_shift import ImageRule
 from infer_patch.patches import ACT, VAR, Paint, RetrievalHeads
 
 LAYER = 2

@@ -13,8 +13,9 @@ from test_triton_kernels import (
     script,
 )
 
-from infer_patch.kernels.calibrated_attention import ImageRule, lower_columns, shift_to_images
+from infer_patch.kernels.calibrated_attention import lower_columns
 from infer_patch.kernels.calibrated_row import running_row
+from infer_patch.kernels.image_shift import ImageRule, shift_to_images
 from infer_patch.kernels.row_attention import lse_and_column_sums
 
 CASES = [

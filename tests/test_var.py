@@ -10,7 +10,7 @@ from test_calibrated_attention import written_out
 
 import infer_patch
 from infer_patch.errors import PlanError, UnsupportedModelError
-from infer_patch.kernels.calibrated_attention import ImageRule, reference_shifted
+from infer_patch.kernels.image_shift import ImageRule, reference_shifted
 from infer_patch.patches import VAR, FastV
 from infer_patch.patches.var import read_dims, sink_activation
 

@@ -28,9 +28,9 @@ from infer_patch.kernels.triton_common import (
 )
 
 if TYPE_CHECKING:
-    from infer_patch.kernels.calibrated_attention import ImageRule
+    from infer_patch.kernels.image_shift import ImageRule
 
-_EPSILON = tl.constexpr(1e-6)  # those of calibrated_attention
+_EPSILON = tl.constexpr(1e-6)  # as in calibrated_attention
 _TINY = tl.constexpr(1e-30)
 _FEW_ROWS = 64  # of a key head, heads x queries: then the keys are split over programs for the log-sum-exp
 
@@ -155,7 +155,7 @@ def shift_to_images(
     rule: ImageRule,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `calibrated_attention.shift_to_images`. Waits for the device only where there are several rows."""
+    """As `image_shift.shift_to_images`. Waits for the device only where there are several rows."""
     output, q, k, v = (rows_contiguous(x) for x in (output, q, k, v))
     (batch, heads, count, size), (kv_heads, keys) = q.shape, k.shape[1:3]
     chosen, first = torch.zeros(batch, heads, count, dtype=torch.uint8, device=q.device), 0

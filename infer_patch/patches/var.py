@@ -15,12 +15,7 @@ from torch import Tensor
 
 from infer_patch.errors import PlanError, UnsupportedModelError
 from infer_patch.head_lists import is_number
-from infer_patch.kernels.calibrated_attention import (
-    ImageRule,
-    reference_shifted,
-    shift_to_images,
-    shifted_probabilities,
-)
+from infer_patch.kernels.image_shift import ImageRule, reference_shifted, shift_to_images, shifted_probabilities
 from infer_patch.kernels.row_attention import key_heads
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.row_edits import RowEdit, attended, edited_rows

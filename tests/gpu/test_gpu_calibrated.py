@@ -15,10 +15,11 @@ from calibrated_cases import key_heads, reference_probabilities
 from test_act import LOW, PARTS, call, draw
 from test_calibrated_row import step
 
-from infer_patch.kernels.calibrated_attention import ImageRule, lower_columns, shift_to_images
+from infer_patch.kernels.calibrated_attention import lower_columns
 from infer_patch.kernels.calibrated_row import running_row
 from infer_patch.kernels.dense_attention import dense_attention
 from infer_patch.kernels.dispatch import triton_refusal
+from infer_patch.kernels.image_shift import ImageRule, shift_to_images
 from infer_patch.kernels.row_attention import lse_and_column_sums
 from infer_patch.patches import ACT
 
