@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_cases import poisoned_memory
-from test_calibrated_attention import RULES
+from test_image_shift import RULES
 from test_calibrated_row import RULES as STEP_RULES
 from test_calibrated_row import all_on_one_key, lowered_by_hand, step
 

@@ -5,7 +5,6 @@ import torch
 
 from infer_patch.kernels import row_attention
 from infer_patch.kernels.calibrated_attention import lower_columns, lowered_probabilities, reference_probabilities
-from infer_patch.kernels.image_shift import ImageRule, reference_shifted, shift_to_images
 from infer_patch.kernels.row_attention import key_heads, key_lists, lse_and_column_sums, per_key_head
 
 SHAPES = [(50, 50), (1, 1), (1, 70), (7, 61), (130, 200)]
@@ -93,50 +92,6 @@ def test_rows_that_read_little_but_the_listed_keys(dtype, tolerance):
     found, _ = lower_columns(output, q, k, v, kv, listed, 0.4, 0.25)
     exact = torch.where(rows[..., None], changed @ v.double()[:, list(kv)], output.double())
     torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=tolerance)
-
-
-RULES = [ImageRule(0.5, 0.2, 0.4), ImageRule(0.8, 0.05, 0.6), ImageRule(1.0, 0.0, 1.0)]
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("queries, keys", [(70, 70), (1, 70), (9, 61)])
-@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (4, 4), (4, 1)])
-def test_shifted_rows_equal_the_written_out_form(queries, keys, heads, kv_heads, rule):
-    q, k, v = draw(queries, keys, kv_heads, heads)
-    visual = torch.zeros(2, keys, dtype=torch.bool)
-    visual[0, 4:20], visual[1, 7:15] = True, True
-    visual[1, 18:30] = True  # two pictures
-    sinks = torch.zeros_like(visual)
-    sinks[:, 0] = sinks[0, 9] = sinks[1, 8] = sinks[1, 25] = True
-    asked = torch.arange(keys - queries, keys) >= torch.tensor([[20], [30]])
-    kv = key_heads(heads, kv_heads)
-    a = probabilities(q, k, kv, 0.2)
-    output = (a @ v.double()[:, list(kv)]).float()
-    expected, rows = written_out(a, sinks, visual, asked, rule)
-    assert rows.any() and torch.equal(reference_shifted(a, sinks, visual, asked, rule)[1], rows)
-    for name in ("reference", "cpu"):
-        found, chosen = shift_to_images(output, q, k, v, sinks, visual, asked, rule, 0.2, implementation=name)
-        assert torch.equal(chosen, rows)
-        torch.testing.assert_close(found, (expected @ v.double()[:, list(kv)]).float(), atol=2e-5, rtol=1e-4)
-        assert torch.equal(found[~rows], output[~rows])
-
-
-def written_out(a, sinks, visual, asked, rule):
-    """The definition, one row at a time."""
-    new, rows = a.clone(), torch.zeros(a.shape[:3], dtype=torch.bool)
-    for b in range(a.shape[0]):
-        non_sink = visual[b] & ~sinks[b]
-        for h in range(a.shape[1]):
-            for i in asked[b].nonzero().flatten().tolist():
-                row = a[b, h, i]
-                m, s = row[visual[b]].sum(), row[visual[b] & sinks[b]].sum()
-                if s / (m + 1e-6 * visual[b].sum()) > rule.sink_portion or m < rule.least_mass:
-                    continue
-                rows[b, h, i] = True
-                budget = rule.move * row[sinks[b]].sum()
-                new[b, h, i, sinks[b]] *= 1 - rule.move
-                new[b, h, i, non_sink] += budget * row[non_sink] / row[non_sink].sum()
-    return new, rows
 
 
 def test_gradients_reach_queries_keys_and_values():

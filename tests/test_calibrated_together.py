@@ -4,7 +4,7 @@ import pytest
 import torch
 from miniatures import BOS
 from test_act import HEADS, LOW, PARTS, attention, call, draw, published
-from test_calibrated_attention import written_out
+from test_image_shift import written_out
 from test_var import DIMS, PLANTED, planted, prompt  # noqa: F401  (a fixture)
 
 import infer_patch

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from miniatures import BOS, GREEDY, MINIATURES, text_inputs, vision_inputs
-from test_calibrated_attention import written_out
+from test_image_shift import written_out
 
 import infer_patch
 from infer_patch.errors import PlanError, UnsupportedModelError

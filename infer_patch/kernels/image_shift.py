@@ -13,6 +13,7 @@ Faces: `reference` (fp32, writes the T x S probabilities out), `cpu` (fast torch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +84,52 @@ def shift_to_images(
     changed, chosen = reference_shifted(a, sinks, visual, asked, rule)
     new = rows_of.per_key_head(changed, v.float(), kv).to(output.dtype)
     return torch.where(chosen[..., None], new, output), chosen
+
+
+class VisualKeys(NamedTuple):
+    """Which keys of one sample matter to its rows: the span from the first visual token to the last, and sinks outside
+    it. `marks` [3, n] fp32 says of each key of the span whether it is visual, a visual sink, a sink (1 or 0)."""
+
+    span: slice
+    marks: Tensor
+    outside: Tensor
+
+    @classmethod
+    def of(cls, sinks: Tensor, visual: Tensor) -> VisualKeys:
+        """From bool [S] each, with at least one visual token. Waits for the device."""
+        places = visual.nonzero()
+        span = slice(int(places[0]), int(places[-1]) + 1)
+        marks = torch.stack([visual[span], (visual & sinks)[span], sinks[span]]).float()
+        rest = sinks.clone()
+        rest[span] = False
+        return cls(span, marks, rest.nonzero().squeeze(1))
+
+
+def shift_row(
+    output: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, known: VisualKeys, rule: ImageRule, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What `shift_to_images` does to one row of one sample that sees all keys: decode steps, which bring no picture.
+
+    output, q [1, H, 1, D], k, v [1, H_kv, S, D], lse [1, H, 1] -> like output, and the heads chosen, bool [1, H, 1].
+    Keys and values of the span are read in place.
+    """
+    kv = rows_of.key_heads(q.shape[1], k.shape[1])
+    query = scale * q.float()
+
+    def probabilities(keys: Tensor) -> Tensor:
+        return (rows_of.per_key_head(query, keys.transpose(-1, -2), kv) - lse[..., None]).exp()
+
+    p, beyond = probabilities(k[:, :, known.span]), probabilities(k[:, :, known.outside])
+    image, visual_sinks, sinks = (p @ known.marks.T).unbind(-1)
+    tokens = known.marks[0].sum()
+    chosen = _chosen(image, visual_sinks, tokens, torch.ones_like(image, dtype=torch.bool), rule)
+    if not bool(chosen.any()):
+        return output, chosen
+    gain = ((sinks + beyond.sum(-1)) / (image - visual_sinks).clamp(min=TINY))[..., None]
+    moved = rule.move * p * (gain * (known.marks[0] - known.marks[1]) - known.marks[2])
+    new = output.float() + rows_of.per_key_head(moved, v[:, :, known.span], kv)
+    new = new - rule.move * rows_of.per_key_head(beyond, v[:, :, known.outside], kv)
+    return torch.where(chosen[..., None], new.to(output.dtype), output), chosen
 
 
 def reference_shifted(

@@ -15,8 +15,15 @@ from torch import Tensor
 
 from infer_patch.errors import PlanError, UnsupportedModelError
 from infer_patch.head_lists import is_number
-from infer_patch.kernels.image_shift import ImageRule, reference_shifted, shift_to_images, shifted_probabilities
-from infer_patch.kernels.row_attention import key_heads
+from infer_patch.kernels.image_shift import (
+    ImageRule,
+    VisualKeys,
+    reference_shifted,
+    shift_row,
+    shift_to_images,
+    shifted_probabilities,
+)
+from infer_patch.kernels.row_attention import key_heads, row_lse
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.row_edits import RowEdit, attended, edited_rows
 from infer_patch.selection import plain_attention_layers
@@ -127,23 +134,36 @@ def sink_activation(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x[..., list(dims)].abs().amax(-1) * torch.rsqrt(x.square().mean(-1) + 1e-6)
 
 
-def shifting(chosen: Tensor, sinks: Tensor, visual: Tensor, move: float) -> RowEdit:
-    """What methods after this one find: rows chosen [b, H, T] with their attention moved; sinks, visual [b, S]."""
-
-    def edit(a: Tensor, z: Tensor, heads: Sequence[int], rows: slice) -> Tensor:
-        here, seen = chosen[:, list(heads), rows, None], slice(a.shape[-1])
-        return torch.where(here, shifted_probabilities(a, sinks[:, seen], visual[:, seen], move), a)
-
-    return edit
-
-
 class _Seen(NamedTuple):
     """The tokens of one sample in one layer, as far as they were looked at: bool [n] each; those after are neither
-    sinks nor visual. `reason`: why no row of it is edited, None where rows may be."""
+    sinks nor visual. `reason`: why no row of it is edited; None where rows may be, on CPUs by `keys`."""
 
     sinks: Tensor
     visual: Tensor
     reason: str | None
+    keys: VisualKeys | None
+
+
+def _masks(seen: Sequence[_Seen], keys: int) -> tuple[Tensor, Tensor]:
+    """Sinks and visual tokens among the first so many keys, bool [b, keys] each."""
+    padded = [[F.pad(mask[:keys], (0, max(keys - len(mask), 0))) for mask in (x.sinks, x.visual)] for x in seen]
+    sinks, visual = (torch.stack(masks) for masks in zip(*padded))
+    return sinks, visual
+
+
+def _before_last(visual: Tensor) -> Tensor:
+    """Up to the last visual token of each row, it included: bool like visual [b, T]."""
+    return (visual.flip(1).cumsum(1) > 0).flip(1)
+
+
+def shifting(chosen: Tensor, seen: Sequence[_Seen], move: float) -> RowEdit:
+    """What methods after this one find: rows chosen [b, H, T] with their attention moved."""
+
+    def edit(a: Tensor, z: Tensor, heads: Sequence[int], rows: slice) -> Tensor:
+        sinks, visual = _masks(seen, a.shape[-1])
+        return torch.where(chosen[:, list(heads), rows, None], shifted_probabilities(a, sinks, visual, move), a)
+
+    return edit
 
 
 class _VAR(Runtime):
@@ -174,25 +194,41 @@ class _VAR(Runtime):
         reasons = [x.reason for x in seen if x.reason is not None]
         if len(reasons) == len(seen):
             return reasons[0]
-        keys = call.k.shape[2]
-        sinks, visual = (
-            torch.stack([F.pad(mask, (0, keys - len(mask))) for mask in masks])
-            for masks in ([x.sinks for x in seen], [x.visual for x in seen])
-        )
-        asked = (sinks & visual).any(1, keepdim=True) & ~(visual[:, call.past :].flip(1).cumsum(1) > 0).flip(
-            1
-        )  # behind the last picture of this call
-        if call.edits:
-            new, chosen = self._over_edited(call, output, sinks, visual, asked)
+        starts = (self, layer) in call.tokens.shared  # the call brought tokens that can be sinks
+        single = call.q.shape[2] == 1 and output.device.type == "cpu" and not call.edits
+        if single and not starts and not (torch.is_grad_enabled() and (call.q.requires_grad or output.requires_grad)):
+            new, chosen = self._step(call, output, seen)
+            asked: Any = len(seen) - len(reasons)
         else:
-            new, chosen = shift_to_images(
-                output, call.q, call.k, call.v, sinks, visual, asked, self.rule, call.scale, call.lse
-            )
-        call.edits.append(shifting(chosen, sinks, visual, self.rule.move))
-        call.counts.update(rows=chosen.sum(), rows_asked=asked.sum() * call.q.shape[1])
-        if (self, layer) in call.tokens.shared:
-            call.counts.update(visual_sinks=(sinks & visual).sum(), text_sinks=(sinks & ~visual).sum())
+            sinks, visual = _masks(seen, call.k.shape[2])
+            rows = (sinks & visual).any(1, keepdim=True) & ~_before_last(visual[:, call.past :])
+            asked = rows.sum()
+            if call.edits:
+                new, chosen = self._over_edited(call, output, sinks, visual, rows)
+            else:
+                tensors = output, call.q, call.k, call.v, sinks, visual, rows
+                new, chosen = shift_to_images(*tensors, self.rule, call.scale, call.lse)
+            if starts:
+                call.counts.update(visual_sinks=(sinks & visual).sum(), text_sinks=(sinks & ~visual).sum())
+        call.edits.append(shifting(chosen, seen, self.rule.move))
+        call.counts.update(rows=chosen.sum(), rows_asked=asked * call.q.shape[1])
         return new
+
+    def _step(self, call: Any, output: Tensor, seen: list[_Seen]) -> tuple[Tensor, Tensor]:
+        """One row of each sample, behind all that is visual."""
+        lse, kv = call.lse, key_heads(call.q.shape[1], call.k.shape[1])
+        if lse is None:
+            lse = row_lse(call.q, call.k, kv, call.scale)
+        new, chosen = [], []
+        for i, held in enumerate(seen):
+            here = slice(i, i + 1)
+            part, taken = output[here], torch.zeros(1, *output.shape[1:3], dtype=torch.bool)
+            if held.keys is not None:
+                tensors = call.q[here], call.k[here], call.v[here], lse[here]
+                part, taken = shift_row(part, *tensors, held.keys, self.rule, call.scale)
+            new.append(part)
+            chosen.append(taken)
+        return (new[0], chosen[0]) if len(new) == 1 else (torch.cat(new), torch.cat(chosen))
 
     def _over_edited(
         self, call: Any, output: Tensor, sinks: Tensor, visual: Tensor, asked: Tensor
@@ -240,7 +276,8 @@ class _VAR(Runtime):
             reason = "no visual token is a sink"
             if self.config.tau >= math.sqrt(self.width):
                 reason = f"no token can be a sink: tau {self.config.tau:g} is not below sqrt({self.width})"
-        return _Seen(sinks, visual, reason)
+        listed = VisualKeys.of(sinks, visual) if reason is None and sinks.device.type == "cpu" else None
+        return _Seen(sinks, visual, reason, listed)
 
 
 def _shows_picture(tokens: Any, sample: int) -> bool:
