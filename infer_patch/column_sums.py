@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from infer_patch.kernels import row_attention as rows_of
-from infer_patch.kernels.sink_candidates import SinkCandidates
+from infer_patch.kernels.calibrated_attention import LARGEST_FACTOR, lower_columns
+from infer_patch.kernels.sink_candidates import SinkCandidates, SinkRule
+
+if TYPE_CHECKING:
+    from infer_patch.run import AttentionCall
 
 RECENT = 256  # rows that can be taken back (crop) at least
 RECENT_EDITED = 32  # the same where probabilities themselves are kept
@@ -116,6 +120,56 @@ class ColumnSums(NamedTuple):
             sums = (sums[:, :rows] - (z - lse[:, here, None]).exp().sum(1)).clamp(min=0)
         recent = ((q[:, : known - newest], lse[:, : known - newest]),)
         return self._replace(rows=rows, sums=sums, recent=recent, frozen=self.frozen[:, :rows], candidates=None)
+
+
+class LoweredRow(NamedTuple):
+    """The whole output [b, H, 1, D_v], how many of its rows differ from the plain one, and what is kept by sample."""
+
+    output: Tensor
+    rows: int
+    kept: list[ColumnSums]
+
+
+def lower_newest_row(
+    call: AttentionCall,
+    output: Tensor,
+    known: Sequence[ColumnSums],
+    heads: Sequence[int],
+    kv: tuple[int, ...],
+    threshold: float,
+    rule: SinkRule,
+) -> LoweredRow:
+    """ACT on one new row of each sample, by the few keys that can be sinks: decoding on CPUs, without gradients.
+
+    output [b, H, 1, D_v] is the plain attention of the call; `heads` are the chosen query heads, `kv` the key head of
+    each. numpy throughout: every small operation counts.
+    """
+    q, k, v, scale, chosen = call.q, call.k, call.v, call.scale, list(heads)
+    lse = call.lse
+    if lse is None:
+        lse = rows_of.row_lse(q, k, rows_of.key_heads(q.shape[1], k.shape[1]), scale)
+    corrected = output.to(torch.float32, copy=True)
+    new, queries, lses = corrected.numpy(), q.float().numpy(), lse.numpy()
+    own_k, own_v = (x[:, :, -1].float().numpy() for x in (k, v))
+    limit, count, kept = LARGEST_FACTOR.get(output.dtype, 4.0), 0, []
+    for i, held in enumerate(known):
+        held = held.with_candidates(k[i], v[i], kv, scale, threshold)
+        row, query, own_lse = new[i, chosen, 0], queries[i, chosen, 0], lses[i, chosen, 0]
+        candidates = cast(SinkCandidates, held.candidates)
+        changed, largest = candidates.lowered_row(
+            row, scale * query, own_k[i, kv], own_v[i, kv], own_lse, threshold, rule
+        )
+        if largest > limit:  # nearly everything is on listed keys: not from the plain output
+            here, listed = slice(i, i + 1), candidates.listed()[None]
+            tensors = output[here, chosen], q[here, chosen], k[here], v[here]
+            afresh, rows = lower_columns(*tensors, kv, listed, rule.beta, scale)
+            changed, row = int(rows.sum()), afresh[0, :, 0].float().numpy()
+        if changed:
+            new[i, chosen, 0] = row
+        count += changed
+        recent = torch.from_numpy(query)[:, None], torch.from_numpy(own_lse)[:, None]
+        kept.append(held.with_rows(*recent, held.sums, candidates))
+    return LoweredRow(corrected.to(output.dtype), count, kept)
 
 
 def _newest(pieces: Iterable[tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:

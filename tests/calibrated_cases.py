@@ -3,9 +3,9 @@
 import pytest
 import torch
 from kernel_cases import poisoned_memory
-from test_image_shift import RULES
 from test_calibrated_row import RULES as STEP_RULES
 from test_calibrated_row import all_on_one_key, lowered_by_hand, step
+from test_image_shift import RULES
 
 from infer_patch.kernels import calibrated_row_triton, calibrated_triton, image_shift_triton
 from infer_patch.kernels.calibrated_attention import lower_columns, reference_probabilities

@@ -11,8 +11,9 @@ import infer_patch
 from infer_patch import column_sums
 from infer_patch.errors import PlanError, UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_lists import read_heads
+from infer_patch.kernels.calibrated_attention import lowered_probabilities
 from infer_patch.patches import ACT, SinkWindow
-from infer_patch.patches.act import calibrate_rows, find_sinks, received_attention, without_spared
+from infer_patch.patches.act import find_sinks, received_attention, without_spared
 from infer_patch.run import AttentionCall
 
 HEADS, KV_HEADS, CHOSEN = 6, 2, (0, 2, 4)
@@ -115,7 +116,7 @@ def test_invariants_of_the_formula():
     torch.testing.assert_close(received[..., 0], a[..., 0].mean(-1))
     calibrated = without_spared(find_sinks(received, seen_by, 0.06))
     assert (calibrated.sum(-1) == find_sinks(received, seen_by, 0.06).sum(-1) - 1).all()
-    new = calibrate_rows(a, calibrated, 0.4)
+    new = lowered_probabilities(a, calibrated[:, :, None], 0.4)[0]
     torch.testing.assert_close(new.sum(-1), torch.ones_like(new.sum(-1)))
     assert (new.triu(1) == 0).all()
     assert torch.equal(new[:, :, 0], a[:, :, 0])
@@ -125,15 +126,15 @@ def test_invariants_of_the_formula():
     low, high = elsewhere.nan_to_num(9e9).amin(-1), elsewhere.nan_to_num(-1.0).amax(-1)
     torch.testing.assert_close(low, high)
     assert (high >= 1 - 1e-6).all()
-    assert torch.equal(calibrate_rows(a, calibrated, 1.0), a)
+    assert torch.equal(lowered_probabilities(a, calibrated[:, :, None], 1.0)[0], a)
     one = torch.zeros_like(calibrated)
     one[..., 7] = True
-    assert torch.equal(calibrate_rows(a, without_spared(one), 0.4), a)
+    assert torch.equal(lowered_probabilities(a, without_spared(one)[:, :, None], 0.4)[0], a)
 
 
 def test_a_row_with_everything_on_calibrated_keys_is_left_alone():
     a = torch.tensor([[[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.5, 0.3]]]])
-    new = calibrate_rows(a, torch.tensor([[[False, True, False]]]), 0.5)
+    new = lowered_probabilities(a, torch.tensor([[[[False, True, False]]]]), 0.5)[0]
     torch.testing.assert_close(new[0, 0], torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.3, 0.25, 0.45]]))
 
 

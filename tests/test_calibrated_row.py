@@ -5,6 +5,7 @@ import torch
 from test_act import HEADS, LOW, PARTS, call, draw, run
 from test_calibrated_attention import probabilities
 
+from infer_patch.column_sums import LoweredRow
 from infer_patch.kernels.calibrated_attention import lower_columns, reference_probabilities
 from infer_patch.kernels.calibrated_row import lower_row, running_row
 from infer_patch.kernels.row_attention import newest_row, row_lse
@@ -121,17 +122,18 @@ def test_a_row_with_mass_on_nothing_else_is_left_as_it_is(name):
 def test_steps_on_other_devices_equal_rows_that_come_together(spare, min_queries, batch, monkeypatch):
     """What GPUs run, on the torch path."""
 
-    def step(runtime, layer, call, output, known):
-        heads, _ = runtime._index(layer, output.device)
-        chosen = call.q.index_select(1, heads), output.index_select(1, heads)
-        new, rows = runtime._step_on_device(layer, call, *chosen, known)
-        return output.index_copy(1, heads, new), rows
+    def step(call, output, known, heads, kv, *_):
+        chosen = call.q[:, list(heads)], output[:, list(heads)]
+        new, rows = runtime._step_on_device(0, call, *chosen, known)
+        kept = [memory.pop(runtime) for memory in call.memory]
+        return LoweredRow(output.index_copy(1, torch.tensor(heads), new), int(rows), kept)
 
     method = ACT(**LOW, spare=spare, min_queries=min_queries)
     tensors = [x[:batch] for x in draw()]
     together, _, one = run(method, tensors, [30, 10])
-    monkeypatch.setattr(act_file._ACT, "_step", step)
-    singly, _, other = run(method, tensors, [30, *[1] * 10])
+    runtime = method.runtime(PARTS, (0,))
+    monkeypatch.setattr(act_file, "lower_newest_row", step)
+    singly, _, other = run(method, tensors, [30, *[1] * 10], runtime)
     torch.testing.assert_close(singly, together, atol=1e-5, rtol=1e-4)
     for a, b in zip(one, other):
         (a,), (b,) = a.values(), b.values()

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infer_patch.column_sums import ColumnSums
+from infer_patch.column_sums import ColumnSums, lower_newest_row
 from infer_patch.errors import UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_lists import HeadList, is_number, read_heads
 from infer_patch.kernels import row_attention as rows_of
-from infer_patch.kernels.calibrated_attention import LARGEST_FACTOR, lower_columns, lowered_probabilities
+from infer_patch.kernels.calibrated_attention import lower_columns, lowered_probabilities
 from infer_patch.kernels.calibrated_row import running_row
-from infer_patch.kernels.sink_candidates import SinkCandidates, SinkRule
+from infer_patch.kernels.sink_candidates import SinkRule
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.row_edits import attended, edited_rows
 from infer_patch.selection import plain_attention_layers
@@ -141,12 +140,6 @@ def without_spared(sinks: Tensor, spare: str = "first_detected") -> Tensor:
     return sinks & (sinks.cumsum(-1) > 1)
 
 
-def calibrate_rows(a: Tensor, calibrated: Tensor, beta: float) -> Tensor:
-    """A' from probabilities [b, h, T, S] and S', bool [b, h, S]: beta A on S', A (1 + w / (1 - b)) elsewhere,
-    with b the row's mass on S' and w = (1 - beta) b. A row with nothing elsewhere is left as it is."""
-    return lowered_probabilities(a, calibrated[:, :, None], beta)[0]
-
-
 def _wants_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
@@ -162,7 +155,6 @@ class _ACT(Runtime):
         self.heads = {layer: listed[layer] for layer in layers}
         self.kv = {layer: tuple(h // group for h in heads) for layer, heads in self.heads.items()}
         self._rule = SinkRule(config.beta, config.spare, config.min_queries)
-        self._every_head = rows_of.key_heads(parts.num_heads, parts.num_kv_heads)
         self._indices: dict[Any, tuple[Tensor, ...]] = {}
 
     def calibrate(self, layer: int, call: Any, output: Tensor) -> Tensor | str:
@@ -179,8 +171,13 @@ class _ACT(Runtime):
                 return "not all rows so far were read under this plan"
         single = call.q.shape[2] == 1 and not call.edits and not _wants_gradients(call.q, output)
         if known and single and config.decode == "running" and output.device.type == "cpu":
-            corrected, call.counts["rows"] = self._step(layer, call, output, known)
-            return corrected
+            row = lower_newest_row(
+                call, output, known, self.heads[layer], self.kv[layer], self._threshold(call.k.shape[2]), self._rule
+            )
+            for memory, kept in zip(call.memory, row.kept):
+                memory[self] = kept
+            call.counts["rows"] = row.rows
+            return row.output
         heads, _ = self._index(layer, output.device)
         q, chosen = call.q.index_select(1, heads), output.index_select(1, heads)
         if call.past == 0:
@@ -240,42 +237,10 @@ class _ACT(Runtime):
             count = count + rows.sum()
         return torch.cat(parts, 2), count
 
-    def _step(self, layer: int, call: Any, output: Tensor, known: list[ColumnSums]) -> tuple[Tensor, int]:
-        """What `_running` does, for one row of each sample of whole outputs: by the few keys that can be sinks."""
-        kv, heads, scale = self.kv[layer], list(self.heads[layer]), call.scale
-        threshold, limit = self._threshold(call.k.shape[2]), LARGEST_FACTOR.get(output.dtype, 4.0)
-        corrected = output.to(torch.float32, copy=True)
-        new, q = corrected.numpy(), call.q.float().numpy()
-        own_k, own_v = (x[:, :, -1].float().numpy() for x in (call.k, call.v))
-        lse = call.lse if call.lse is not None else rows_of.row_lse(call.q, call.k, self._every_head, scale)
-        lses, count = lse.numpy(), 0
-        for i, (memory, held) in enumerate(zip(call.memory, known)):
-            held = held.with_candidates(call.k[i], call.v[i], kv, scale, threshold)
-            row, query, own_lse = new[i, heads, 0], q[i, heads, 0], lses[i, heads, 0]
-            candidates = cast(SinkCandidates, held.candidates)
-            changed, largest = candidates.lowered_row(
-                row, scale * query, own_k[i, kv], own_v[i, kv], own_lse, threshold, self._rule
-            )
-            if largest > limit:
-                changed, row = self._afresh(layer, call, output, i, candidates.listed())
-            if changed:
-                new[i, heads, 0] = row
-            count += changed
-            kept = torch.from_numpy(query)[:, None], torch.from_numpy(own_lse)[:, None]
-            memory[self] = held.with_rows(*kept, held.sums, candidates)
-        return corrected.to(output.dtype), count
-
-    def _afresh(self, layer: int, call: Any, output: Tensor, i: int, listed: Tensor) -> tuple[int, np.ndarray]:
-        """One row of sample i with nearly everything on listed keys [h, S]: not from the plain output."""
-        heads, here = list(self.heads[layer]), slice(i, i + 1)
-        q, plain, k, v = call.q[here, heads], output[here, heads], call.k[here], call.v[here]
-        new, rows = lower_columns(plain, q, k, v, self.kv[layer], listed[None], self.config.beta, call.scale)
-        return int(rows.sum()), new[0, :, 0].detach().float().numpy()
-
     def _step_on_device(
         self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[ColumnSums]
     ) -> tuple[Tensor, Tensor]:
-        """The same where nothing should wait for the device: by all keys."""
+        """One row of each sample where nothing should wait for the device: by all keys."""
         config, kv, index = self.config, self.kv[layer], self._index(layer, q.device)[1]
         sums = known[0].sums[None] if len(known) == 1 else torch.stack([x.sums for x in known])
         rule = self._threshold(call.k.shape[2]), config.spare, config.min_queries, config.beta, call.scale
