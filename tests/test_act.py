@@ -170,7 +170,7 @@ def test_frozen_rows_use_the_sinks_of_the_prompt():
         rest = published(a[0, head, :30, :30], method)[1]
         listed = torch.zeros(1, 1, 40, dtype=torch.bool)
         listed[..., rest] = True
-        expected = calibrate_rows(a[:1, head : head + 1, 30:], listed, 0.4)[0, 0] @ wide[0, head]
+        expected = lowered_probabilities(a[:1, head : head + 1, 30:], listed[:, :, None], 0.4)[0][0, 0] @ wide[0, head]
         torch.testing.assert_close(found[0, head, 30:], expected.float(), atol=1e-5, rtol=1e-4)
 
 
