@@ -145,16 +145,14 @@ def lower_newest_row(
     each. numpy throughout: every small operation counts.
     """
     q, k, v, scale, chosen = call.q, call.k, call.v, call.scale, list(heads)
-    lse = call.lse
-    if lse is None:
-        lse = rows_of.row_lse(q, k, rows_of.key_heads(q.shape[1], k.shape[1]), scale)
+    lse = rows_of.row_lse(q[:, chosen], k, kv, scale) if call.lse is None else call.lse[:, chosen]
     corrected = output.to(torch.float32, copy=True)
-    new, queries, lses = corrected.numpy(), q.float().numpy(), lse.numpy()
+    new, queries, lses = corrected.numpy(), q.float().numpy(), lse.numpy()[..., 0]
     own_k, own_v = (x[:, :, -1].float().numpy() for x in (k, v))
     limit, count, kept = LARGEST_FACTOR.get(output.dtype, 4.0), 0, []
     for i, held in enumerate(known):
         held = held.with_candidates(k[i], v[i], kv, scale, threshold)
-        row, query, own_lse = new[i, chosen, 0], queries[i, chosen, 0], lses[i, chosen, 0]
+        row, query, own_lse = new[i, chosen, 0], queries[i, chosen, 0], lses[i]
         candidates = cast(SinkCandidates, held.candidates)
         changed, largest = candidates.lowered_row(
             row, scale * query, own_k[i, kv], own_v[i, kv], own_lse, threshold, rule

@@ -178,7 +178,8 @@ class Runtime:
         """Correct the attention output [b, H, T, D] of a call; or the reason (a short text) to leave it as it is.
 
         Returns a tensor of the same shape, and puts into `call.counts` how many "rows" (of one head each) it changed,
-        beside other figures for the report. `output` must not be written into.
+        beside other figures for the report. `output` must not be written into. With a `calibration_order`, it corrects
+        the rows as `call.edits` left them (`infer_patch/row_edits.py`) and appends its own.
         """
         raise TypeError(f"{type(self).__name__} has no calibrate port")
 
