@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from infer_patch.attention import LazyMask, Port
@@ -167,7 +168,12 @@ def _calibrated(runtime: Runtime, inputs: LayerInputs, output: Tensor, mask: Any
     corrected = None
     for call in inputs.calls():
         here = index_of(call.samples)
-        part = runtime.calibrate(layer, call, output[here, call.query_rows].transpose(1, 2))
+        plain = output[here, call.query_rows].transpose(1, 2)
+        if torch.is_autocast_enabled(output.device.type):  # corrections are worked out in float32
+            with torch.autocast(output.device.type, enabled=False):
+                part = runtime.calibrate(layer, call, plain)
+        else:
+            part = runtime.calibrate(layer, call, plain)
         if isinstance(part, str):
             stats.left_alone(name, part)
             continue

@@ -46,6 +46,11 @@ class KeyView:
     evicted: tuple[int, ...] = ()
 
 
+def _is_frozen(buffer: Tensor) -> bool:
+    """Made in inference mode, and not to be written into outside of it."""
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+
 class IndexedLayer(CacheLayerMixin):
     """A layer of keys and values [B, H_kv, n, D] that knows which tokens its rows are.
 
@@ -62,7 +67,7 @@ class IndexedLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any):
         super().__init__()
-        self.made_by: Any = None  # the method runtime that keeps its tokens here, if one does
+        self.made_by: str | None = None  # the key of the method runtime that keeps its tokens here, if one does
         self.reset()
 
     def reset(self) -> None:
@@ -153,7 +158,7 @@ class IndexedLayer(CacheLayerMixin):
             self._buffers, self.rows = [], self.keys.shape[2]
             return
         total = self.rows + keys.shape[2]
-        if not self._buffers or self._buffers[0].shape[2] < total + GRANULE:
+        if not self._buffers or self._buffers[0].shape[2] < total + GRANULE or _is_frozen(self._buffers[0]):
             self._buffers = [grown(held, total) for held in (self.keys, self.values)]
         for buffer, new in zip(self._buffers, (keys, values)):
             buffer[:, :, self.rows : total] = new

@@ -65,17 +65,17 @@ class ColumnSums(NamedTuple):
 
     def with_rows(self, q: Tensor, lse: Tensor, sums: Tensor, candidates: SinkCandidates | None = None) -> ColumnSums:
         """After rows with queries q [h, t, D] and LSE [h, t]; `sums` may leave them out, to be added later."""
-        rows = self.rows + q.shape[1]
+        rows, before = self.rows + q.shape[1], self.recent
         if q.shape[1] > RECENT:
-            q, lse = q[:, -RECENT:].clone(), lse[:, -RECENT:].clone()
-        recent = (*self.recent, (q.detach(), lse.detach()))
+            q, lse, before = q[:, -RECENT:].clone(), lse[:, -RECENT:].clone(), ()
+        recent = (*before, (q.detach(), lse.detach()))
         if len(recent) > PIECES:
             recent = (_newest(recent, RECENT),)
         return self._replace(rows=rows, sums=sums, recent=recent, edited=(), candidates=candidates)
 
     def with_edited_rows(self, count: int, newest: Tensor, sums: Tensor) -> ColumnSums:
         """After `count` rows that an earlier method had changed; the last of them are newest [h, t, S]."""
-        edited = (*self.edited, newest[:, -RECENT_EDITED:].clone())
+        edited = (*(self.edited if newest.shape[1] == count else ()), newest)
         while sum(a.shape[1] for a in edited[1:]) >= RECENT_EDITED:
             edited = edited[1:]
         return self._replace(rows=self.rows + count, sums=sums, recent=(), edited=edited, candidates=None)
@@ -120,6 +120,13 @@ class ColumnSums(NamedTuple):
             sums = (sums[:, :rows] - (z - lse[:, here, None]).exp().sum(1)).clamp(min=0)
         recent = ((q[:, : known - newest], lse[:, : known - newest]),)
         return self._replace(rows=rows, sums=sums, recent=recent, frozen=self.frozen[:, :rows], candidates=None)
+
+
+def newest_rows(before: Tensor | None, a: Tensor) -> Tensor:
+    """The newest `RECENT_EDITED` rows: of those before [b, h, t, S], and of the block a [b, h, r, S'] after them."""
+    if before is not None and a.shape[2] < RECENT_EDITED:
+        a = torch.cat([F.pad(before, (0, a.shape[-1] - before.shape[-1])), a], 2)
+    return a[:, :, -RECENT_EDITED:].clone()
 
 
 class LoweredRow(NamedTuple):

@@ -78,7 +78,7 @@ class Damro(SecondStream):
     ):
         if not (math.isfinite(alpha) and alpha >= 0):
             raise PatchError(f"damro: alpha must be 0 or more, got {alpha}")
-        if not isinstance(k, int) or k < 1:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise PatchError(f"damro: k must be 1 or more visual tokens, got {k!r}")
         if not 0 <= beta <= 1:
             raise PatchError(f"damro: beta must be between 0 and 1, got {beta}")

@@ -250,7 +250,7 @@ class Engine:
             corrected = i in self.calibrators and self.parts.windows[i] is None
             wanted = i in self.selectors or corrected or shortened
             if isinstance(held, IndexedLayer):
-                if held.made_by is store:
+                if held.made_by == (None if store is None else store.key):
                     continue
                 if held.rows and (held.made_by is not None or held.start is not None):
                     raise UnsupportedCallError("this cache was filled under another plan; start again from the prompt.")
@@ -258,7 +258,7 @@ class Engine:
             elif store is not None or wanted:
                 swaps.append((i, store.cache_layer(i) if store is not None else IndexedLayer()))
         for i, fresh in swaps:
-            fresh.made_by = self.stores.get(i)
+            fresh.made_by = store.key if (store := self.stores.get(i)) is not None else None
             fresh.adopt(cache.layers[i], tokens)
         for i, fresh in swaps:
             cache.layers[i] = fresh

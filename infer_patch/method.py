@@ -117,6 +117,13 @@ class Method:
         }
         return {"method": self.name, **values}
 
+    def require_numbers(self, *names: str) -> None:
+        """Raise `PlanError` for an option of these that is no number."""
+        for name in names:
+            value = getattr(self, name)
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+            self.require(good, f"{name} must be a number, got {value!r}")
+
     @classmethod
     def require(cls, condition: bool, message: str) -> None:
         """Raise `PlanError` naming the method unless `condition` holds."""
@@ -140,6 +147,7 @@ class Runtime:
 
     def __init__(self, config: Method, parts: ModelParts, layers: tuple[int, ...]):
         self.config = config
+        self.key = repr(config)  # under which it keeps things with a cache: they are found again in copies of the two
         self.parts = parts
         self.layers = frozenset(layers)
 

@@ -127,7 +127,7 @@ def test_edited_rows_can_be_taken_back(decode):
         correct(straight, rows, until)
     for rows, until in ((40, 40), (8, 48), (1, 49), (2, 44), (2, 46)):  # after 49 tokens, 7 are taken back
         if until == 44:
-            assert back[0][runtime].rows == 49
+            assert back[0][runtime.key].rows == 49
         correct(back, rows, until)
     torch.testing.assert_close(correct(back, 4, 50), correct(straight, 4, 50), atol=1e-5, rtol=1e-4)
     if decode == "running":

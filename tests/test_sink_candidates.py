@@ -8,8 +8,16 @@ from test_act import HEADS, LOW, PARTS, attention, call, draw, run
 
 from infer_patch import column_sums
 from infer_patch.kernels import sink_candidates
-from infer_patch.kernels.sink_candidates import SinkCandidates
+from infer_patch.kernels.sink_candidates import SinkCandidates, are_few
 from infer_patch.patches import ACT
+from infer_patch.patches import act as act_file
+
+
+@pytest.fixture(autouse=True)
+def _short_texts_too(monkeypatch):
+    """By candidates at any length: `ACT` makes no choice where most keys can be sinks."""
+    monkeypatch.setattr(act_file, "are_few", lambda threshold, keys: True)
+
 
 OPTIONS = [
     dict(LOW),
@@ -105,7 +113,7 @@ def test_copied_caches_go_on_alike():
     method, (q, k, v) = ACT(**LOW), draw(50)
     runtime, memory = method.runtime(PARTS, (0,)), [{}, {}]
     run(method, (q, k, v), [30, *[1] * 5], runtime, memory)
-    kept = [{runtime: copy.deepcopy(sample[runtime])} for sample in memory]
+    kept = copy.deepcopy(memory)
     plain = torch.randn(2, HEADS, 1, 16, generator=torch.Generator().manual_seed(0))
     first = runtime.calibrate(0, call(q, k, v, 1, memory, 36), plain)
     assert torch.equal(runtime.calibrate(0, call(q, k, v, 1, kept, 36), plain), first)
@@ -131,3 +139,8 @@ def test_only_keys_that_can_become_sinks_are_looked_at():
     found = SinkCandidates(sums, k, v, (0, 0), 0.5)
     assert found.columns[: found.count].tolist() == [40, *range(137, 200)]
     assert found.nbytes > 2 * found.count * 2 * 8 * 4
+
+
+def test_a_choice_is_made_where_few_keys_qualify():
+    assert are_few(0.1, 4096) and not are_few(0.1, 500)
+    assert not are_few(5 / 4096, 4096)  # the paper's threshold: within 32 rows every key can be a sink

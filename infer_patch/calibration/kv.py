@@ -258,9 +258,8 @@ class _Calibration:
         one = Plan((replace(method, layers=(layer,)),))
         cache = _shared(plain)
         with patch(self.model, one) as handle:
-            packed[layer].made_by = None  # not to be copied along
             own = copy.deepcopy(packed[layer])
-            own.made_by = handle._engine.stores[layer]
+            own.made_by = handle._engine.stores[layer].key
             cache.layers[layer] = own
             return self._drift(sample, cache)
 

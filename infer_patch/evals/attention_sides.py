@@ -128,7 +128,7 @@ class PlanSide(Side):
     def start(self) -> None:
         store = self.engine.stores.get(self.layer)
         self._held = IndexedLayer() if store is None else store.cache_layer(self.layer)
-        self._held.made_by = store
+        self._held.made_by = None if store is None else store.key
         self._cache = DynamicCache()
         self._cache.layers = [*(DynamicLayer() for _ in range(self.layer)), self._held]
 

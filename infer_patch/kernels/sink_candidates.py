@@ -23,6 +23,11 @@ from infer_patch.kernels.calibrated_attention import EPSILON
 ROWS = 32  # rows that one choice of candidates serves
 
 
+def are_few(threshold: float, keys: int) -> bool:
+    """Whether most keys lack more than `ROWS` to be sinks, so that a choice among them is worth making."""
+    return threshold * keys > 2 * ROWS
+
+
 @dataclass(frozen=True)
 class SinkRule:
     """Which of the keys above the threshold are sinks, and the share of its attention that one keeps."""

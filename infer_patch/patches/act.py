@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infer_patch.column_sums import ColumnSums, lower_newest_row
+from infer_patch.column_sums import ColumnSums, lower_newest_row, newest_rows
 from infer_patch.errors import UnsupportedCallError, UnsupportedModelError
 from infer_patch.head_lists import HeadList, is_number, read_heads
 from infer_patch.kernels import row_attention as rows_of
 from infer_patch.kernels.calibrated_attention import lower_columns, lowered_probabilities
 from infer_patch.kernels.calibrated_row import running_row
-from infer_patch.kernels.sink_candidates import SinkRule
+from infer_patch.kernels.sink_candidates import SinkRule, are_few
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.row_edits import attended, edited_rows
 from infer_patch.selection import plain_attention_layers
@@ -31,7 +31,8 @@ class ACT(Method):
 
     The first token draws much attention in nearly every model, harmlessly. Later tokens that do the same often hurt. In
     the heads it is given, ACT finds keys whose mean received attention is above a threshold, leaves the first of them
-    alone, and multiplies the others by `beta`. Nothing is added to the cache but the column sums of those heads.
+    alone, and multiplies the others by `beta`. Beside the cache, the column sums of those heads are kept and what rows
+    that come one by one need.
 
     The sinks of a prompt are found from all its rows at once, so early rows depend on later tokens. A row that comes
     later (decoding, a draft, a second turn, a further chunk of a prompt) is corrected by the rows so far; rows that
@@ -87,9 +88,11 @@ class ACT(Method):
         self.require(
             given, f"give heads_file or heads, one of them, got {self.heads_file!r} and {self.heads!r}. {_REMEDY}"
         )
+        self.require_numbers("beta", "threshold")
         self.require(0 <= self.beta <= 1, f"beta is a share, from 0 to 1, got {self.beta}")
         self.require(self.threshold >= 0, f"threshold must be 0 or more, got {self.threshold}")
-        self.require(self.min_queries >= 1, f"min_queries must be 1 or more, got {self.min_queries}")
+        whole = is_number(self.min_queries) and self.min_queries >= 1
+        self.require(whole, f"min_queries must be a whole number, 1 or more, got {self.min_queries!r}")
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             self.require(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -165,17 +168,16 @@ class _ACT(Runtime):
             return "rows after the prompt are left as they are: decode is off"
         known: list[ColumnSums] = []
         if call.past:
-            held = [memory.pop(self, None) for memory in call.memory]
+            held = [memory.pop(self.key, None) for memory in call.memory]
             known = [self._cropped(x, call, i, layer) for i, x in enumerate(held) if x is not None]
             if len(known) < len(held) or any(x.rows != call.past for x in known):
                 return "not all rows so far were read under this plan"
         single = call.q.shape[2] == 1 and not call.edits and not _wants_gradients(call.q, output)
-        if known and single and config.decode == "running" and output.device.type == "cpu":
-            row = lower_newest_row(
-                call, output, known, self.heads[layer], self.kv[layer], self._threshold(call.k.shape[2]), self._rule
-            )
+        threshold, on_cpu = self._threshold(call.k.shape[2]), output.device.type == "cpu"
+        if known and single and on_cpu and config.decode == "running" and are_few(threshold, call.k.shape[2]):
+            row = lower_newest_row(call, output, known, self.heads[layer], self.kv[layer], threshold, self._rule)
             for memory, kept in zip(call.memory, row.kept):
-                memory[self] = kept
+                memory[self.key] = kept
             call.counts["rows"] = row.rows
             return row.output
         heads, _ = self._index(layer, output.device)
@@ -185,7 +187,7 @@ class _ACT(Runtime):
         elif config.decode == "frozen":
             new, call.counts["rows"] = self._frozen(layer, call, q, chosen, known)
         elif single:
-            new, call.counts["rows"] = self._step_on_device(layer, call, q, chosen, known)
+            new, call.counts["rows"] = self._step_by_all_keys(layer, call, q, chosen, known)
         else:
             new, call.counts["rows"] = self._running(layer, call, q, chosen, known)
         return output.index_copy(1, heads, new)
@@ -213,15 +215,20 @@ class _ACT(Runtime):
         if call.edits:
             sums = torch.zeros(*q.shape[:2], keys, device=q.device)
             for _, a in self._edited(layer, call, q):
-                last = a.detach()
-                sums[:, :, : a.shape[-1]] += last.sum(2)
+                last = newest_rows(last, a.detach())
+                sums[:, :, : a.shape[-1]] += a.detach().sum(2)
         else:
             lse, sums = rows_of.lse_and_column_sums(q, call.k, kv, call.scale, self._known_lse(layer, call))
         seen_by = torch.arange(keys, 0, -1, device=q.device)
         sinks = find_sinks(received_attention(sums, seen_by), seen_by, self._threshold(keys), config.min_queries)
         listed = without_spared(sinks, config.spare)
         call.counts["calibrated_columns"] = listed.sum()
-        self._keep(call, [ColumnSums.none(frozen) for frozen in listed], q, sums, lse, last)
+        nothing = [ColumnSums.none(frozen) for frozen in listed]
+        if config.decode == "running":
+            self._keep(call, nothing, q, sums, lse, last)
+        elif config.decode == "frozen":
+            for memory, held in zip(call.memory, nothing):
+                memory[self.key] = held.only_counted(keys)
         if not call.edits:
             new, rows = lower_columns(output, q, call.k, call.v, kv, listed, config.beta, call.scale, lse)
             return new, rows.sum()
@@ -237,11 +244,12 @@ class _ACT(Runtime):
             count = count + rows.sum()
         return torch.cat(parts, 2), count
 
-    def _step_on_device(
+    def _step_by_all_keys(
         self, layer: int, call: Any, q: Tensor, output: Tensor, known: list[ColumnSums]
     ) -> tuple[Tensor, Tensor]:
-        """One row of each sample where nothing should wait for the device: by all keys."""
+        """One row of each sample by all keys: on other devices, and where most keys can be sinks soon."""
         config, kv, index = self.config, self.kv[layer], self._index(layer, q.device)[1]
+        known = [x.settled(call.k[i, :, : call.past], kv, call.scale) for i, x in enumerate(known)]
         sums = known[0].sums[None] if len(known) == 1 else torch.stack([x.sums for x in known])
         rule = self._threshold(call.k.shape[2]), config.spare, config.min_queries, config.beta, call.scale
         new, changed, sums, lse = running_row(output, q, call.k, call.v, sums, kv, index, *rule)
@@ -258,8 +266,9 @@ class _ACT(Runtime):
         parts, last = [], None
         changed = torch.zeros((), dtype=torch.long, device=q.device)
         for here, a in self._edited(layer, call, q):
-            visible, last = a.shape[-1], a.detach()
-            so_far = sums[:, :, None, :visible] + last.cumsum(2)
+            visible = a.shape[-1]
+            last = newest_rows(last, a.detach()) if call.edits else None
+            so_far = sums[:, :, None, :visible] + a.detach().cumsum(2)
             number = torch.arange(visible - a.shape[2] + 1, visible + 1, device=q.device)[:, None]  # keys a row sees
             seen_by = number - torch.arange(visible, device=q.device)
             received = received_attention(so_far, seen_by)
@@ -284,7 +293,7 @@ class _ACT(Runtime):
         keys, kv = call.k.shape[2], self.kv[layer]
         listed = torch.stack([F.pad(x.frozen, (0, keys - x.frozen.shape[-1])) for x in known])
         for memory, held in zip(call.memory, known):
-            memory[self] = held.only_counted(keys)
+            memory[self.key] = held.only_counted(keys)
         if call.edits:
             return self._lowered(layer, call, q, output, listed)
         lse = self._known_lse(layer, call)
@@ -296,9 +305,9 @@ class _ACT(Runtime):
     ) -> None:
         for i, (memory, held) in enumerate(zip(call.memory, known)):
             if lse is None and last is not None:
-                memory[self] = held.with_edited_rows(q.shape[2], last[i], sums[i])
+                memory[self.key] = held.with_edited_rows(q.shape[2], last[i], sums[i])
             elif lse is not None:
-                memory[self] = held.with_rows(q[i], lse[i], sums[i])
+                memory[self.key] = held.with_rows(q[i], lse[i], sums[i])
 
     def _cropped(self, held: ColumnSums, call: Any, sample: int, layer: int) -> ColumnSums:
         """Without what rows added that were taken back since."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from infer_patch.selection import plain_attention_layers
 from infer_patch.spans import Horizon, window_blocks
 
 VERSION = 1
-_REMEMBERED = 4096  # lengths and layers whose windows are not worked out again
+_REMEMBERED = 1024  # lengths whose windows are not worked out again, in each layer
 _REMEDY = "Make one with `infer-patch calibrate moa`, or take a published plan of this layout."
 
 
@@ -217,7 +217,7 @@ class _MoA(Runtime):
         self.plan = read_plan(config.plan_file)
         self.plan.check(parts.num_layers, parts.num_heads, parts.num_kv_heads, f"the plan file {config.plan_file}")
         self.horizon = Horizon(config.new_tokens, config.length)
-        self._windows: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self.windows = {layer: _Windows(self.plan, layer) for layer in layers}
         before, after = (self.plan.density(8192, heads, layers) for heads in (None, parts.num_kv_heads))
         if round(before, 2) != round(after, 2):
             warnings.warn(
@@ -226,21 +226,12 @@ class _MoA(Runtime):
                 stacklevel=2,
             )
 
-    def windows(self, layer: int, length: int, kv_heads: int) -> tuple[int, ...]:
-        """Blocks in the window of each key head."""
-        key = layer, length, kv_heads
-        if key not in self._windows:
-            if len(self._windows) >= _REMEMBERED:
-                self._windows.clear()
-            self._windows[key] = self.plan.windows(*key)
-        return self._windows[key]
-
     def select(self, layer: int, call: Any) -> BlockMask | str:
         config, plan, keys, queries = self.config, self.plan, call.k.shape[2], call.q.shape[2]
         length = self.horizon.of(call.notes, call.tokens.past + call.tokens.length, keys)
         if not config.evict and keys <= config.dense_below:
             return f"at most {config.dense_below} keys"
-        windows = self.windows(layer, length, call.k.shape[1])
+        windows = self.windows[layer](length, call.k.shape[1])
         if -(-keys // plan.block) <= plan.sink // plan.block + min(windows):
             return "the spans cover every key"
         shared, key = call.tokens.shared, (self, queries, keys, windows)
@@ -249,15 +240,21 @@ class _MoA(Runtime):
         return shared[key]
 
     def cache_layer(self, layer: int) -> IndexedLayer:
-        return RingLayer(_Windows(self, layer), self.horizon, self.plan.sink, self.plan.block)
+        return RingLayer(self.windows[layer], self.horizon, self.plan.sink, self.plan.block)
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """The windows of one layer as a function of N and the number of key heads."""
+    """Blocks in the window of each key head of one layer, as a function of N and the number of key heads."""
 
-    runtime: _MoA
+    plan: SpanPlan
     layer: int
+    known: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
     def __call__(self, length: int, kv_heads: int) -> tuple[int, ...]:
-        return self.runtime.windows(self.layer, length, kv_heads)
+        key = length, kv_heads
+        if key not in self.known:
+            if len(self.known) >= _REMEMBERED:
+                self.known.clear()
+            self.known[key] = self.plan.windows(self.layer, *key)
+        return self.known[key]

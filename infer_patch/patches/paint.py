@@ -62,6 +62,7 @@ class Paint(Method):
     modality = "vision"
 
     def validate(self) -> None:
+        self.require_numbers("alpha", "beta", "local_ratio", "spatial_ratio")
         for name in ("alpha", "beta"):
             gain = getattr(self, name)
             self.require(isfinite(gain) and gain >= 0, f"{name} must be 0 or more, got {gain}")
@@ -148,6 +149,15 @@ def boosted_row(q: Tensor, k: Tensor, v: Tensor, gains: Tensor, scale: float) ->
     return (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
+def _forget_taken_back(memory: dict[Any, Any], past: int) -> None:
+    """Gains of tokens that are no longer in the cache are not those of the tokens that come in their place."""
+    gains = memory.get(_GAINS)
+    if gains is not None and len(gains) > past:
+        memory[_GAINS] = gains[:past]
+        if not bool((gains[:past] > 0).any()):
+            del memory[_GAINS]
+
+
 class _Paint(Runtime):
     config: Paint
 
@@ -166,6 +176,8 @@ class _Paint(Runtime):
         return seen
 
     def calibrate(self, layer: int, call: Any, output: Tensor) -> Tensor | str:
+        for memory in call.memory:
+            _forget_taken_back(memory, call.tokens.past)
         if call.tokens.scores is not None:
             self._remember(call)
         if call.q.shape[2] > 1 and not self.config.boost_prefill:

@@ -219,9 +219,9 @@ class _Masking(Runtime):
         window = self.parts.windows[layer]
         if window is not None:
             return window_means(v, call.positions, rows, window)
-        known, keys = call.state.get(self), v.shape[2]
+        known, keys = call.state.get(self.key), v.shape[2]
         before = known[1] if known is not None and known[0] == keys - rows else None
         means, total = causal_means(v, rows, before)
         if not total.requires_grad:
-            call.state[self] = keys, total
+            call.state[self.key] = keys, total
         return means

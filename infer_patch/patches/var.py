@@ -87,6 +87,7 @@ class VAR(Method):
         self.require(good, f"dims are numbers of hidden dimensions, from 0 up, got {self.dims!r}")
         given = isinstance(self.dims_file, str) and bool(self.dims_file) != bool(self.dims)
         self.require(given, f"give dims or dims_file, one of them, got {self.dims!r} and {self.dims_file!r}. {_REMEDY}")
+        self.require_numbers("tau", "nonsink_ratio_min", "vision_mass_min", "move_fraction")
         self.require(self.tau > 0, f"tau must be above 0, got {self.tau}")
         for name in ("nonsink_ratio_min", "vision_mass_min", "move_fraction"):
             value = getattr(self, name)
@@ -251,7 +252,7 @@ class _VAR(Runtime):
     def _seen(self, layer: int, call: Any, i: int) -> _Seen | None:
         """What is known of the i-th sample after this call; None if earlier calls went by unseen."""
         memory, past = call.memory[i], call.past
-        held = memory.get(self)
+        held = memory.get(self.key)
         if past and held is None:
             return None
         if held is not None and len(held.sinks) > past:  # tokens were taken back, or this is a new text
@@ -265,7 +266,7 @@ class _VAR(Runtime):
                 missing = past - len(held.sinks)
                 sinks, visual = (torch.cat([F.pad(x, (0, missing)), y]) for x, y in zip(held[:2], (sinks, visual)))
             held = self._judged(sinks, visual)
-        memory[self] = held
+        memory[self.key] = held
         return held
 
     def _judged(self, sinks: Tensor, visual: Tensor) -> _Seen:
