@@ -196,7 +196,10 @@ def checked(model: Any, plans: Sequence[PlanLike]) -> list[Plan]:
     wanted = [Plan.of(plan) for plan in plans]
     names = [file_name(name) for name in (UNPATCHED, REPEATED, OTHER_BACKEND, *(plan.name for plan in wanted))]
     if twice := _repeated(names):
-        raise PlanError(f"plans need different names to be told apart; {twice} stands for more than one.")
+        raise PlanError(
+            f"plans need different names to be told apart; {twice} stands for more than one. "
+            "Write a `name:` into each plan file."
+        )
     if not wanted:
         raise PlanError("nothing to compare: give at least one plan.")
     for plan in wanted:
