@@ -162,7 +162,9 @@ def compare(
         )
         files: dict[str, bytes] = {}
         if settings.attention is not None:
-            summary["attention"], files = attention_views(model, processor, wanted, ready[0], *settings.attention)
+            images = prompts[0].images if isinstance(prompts[0], Prompt) else ()
+            views = attention_views(model, processor, wanted, ready[0], *settings.attention, images)
+            summary["attention"], files = views
         if folder is not None:
             from infer_patch.report.page import render
 
