@@ -1,5 +1,6 @@
 """Attention measured through the values, against eager attention and against what each method promises."""
 
+import io
 import json
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from infer_patch.kernels.dense_attention import dense_attention
 from infer_patch.method import Method, Runtime
 from infer_patch.patches import Envelope, FastV, HiP, RetrievalHeads, SinkWindow
 from infer_patch.plan import Plan
-from infer_patch.report.attention_pictures import binned, changes, drawn, moved
+from infer_patch.report.attention_pictures import Seen, binned, changes, drawn, moved
 from infer_patch.report.page import write_page
+from infer_patch.visual_grid import Grid
 
 
 class PackedLayer(IndexedLayer):
@@ -170,3 +172,29 @@ def test_the_page_of_a_comparison_shows_it(folder, tmp_path):
     for wrong, words in (("12", "LAYER:HEAD"), ("9:0", "no layer 9")):
         ran = CliRunner().invoke(app, [*command[:-3], wrong, "--out", str(tmp_path / "other")])
         assert ran.exit_code == 2 and words in ran.output and not (tmp_path / "other").exists()
+
+
+def test_what_the_last_token_reads_is_drawn_over_the_picture():
+    from PIL import Image
+
+    rows = torch.rand(9, 9).tril()
+    rows = rows / rows.sum(1, keepdim=True)
+    seen = Seen(Image.new("RGB", (30, 20), "red"), Grid(2, 3), torch.arange(1, 7))
+    plain, both = (Image.open(io.BytesIO(drawn(rows, rows.flip(1), extra))) for extra in (None, seen))
+    assert plain.width == both.width and both.height > 1.5 * plain.height
+
+
+def test_the_picture_of_a_prompt_is_found_with_its_grid():
+    from PIL import Image
+
+    from infer_patch.demo_vlm import load_demo_vlm
+    from infer_patch.evals.attention_view import _first_picture
+    from infer_patch.evals.prompts import Prompt, encode
+
+    model, processor = load_demo_vlm(torch.float32)
+    picture = Image.new("RGB", (64, 64), "red")
+    inputs = encode(Prompt("is there a red circle?", images=(picture,)), processor, model)
+    seen = _first_picture(model, processor, inputs, [picture])
+    assert seen is not None and seen.grid.tokens == len(seen.places) == 256
+    assert int(inputs["input_ids"][0, seen.places].unique()) == model.config.image_token_id
+    assert _first_picture(model, processor, inputs, []) is None

@@ -167,3 +167,14 @@ def test_overhead_ends_stdout_with_json_and_names_silent_methods():
     assert found["goal"] is None
     assert all(result["never_fired"] == ["sink_window"] for result in found["results"])
     assert "never took effect" in done.stdout
+
+
+def test_an_interrupted_calibration_says_how_to_go_on(monkeypatch, tmp_path):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("infer_patch.evals.loading.load", interrupted)
+    done = CliRunner().invoke(app, ["calibrate", "act", "demo", "--out", str(tmp_path / "heads.json")])
+    assert (
+        done.exit_code == 130 and "Stopped." in done.output and "run it again to go on" in " ".join(done.output.split())
+    )

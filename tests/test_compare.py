@@ -12,6 +12,7 @@ from infer_patch.evals.compare import Settings, compare
 from infer_patch.evals.cost import Measurement, costs, interval, overlap, rotated
 from infer_patch.evals.prompts import Prompt, encode, prompt_hash
 from infer_patch.evals.summary import OTHER_BACKEND, REPEATED
+from infer_patch.evals.verdict import never_took_effect
 from infer_patch.patches import Envelope, FastV, SinkWindow
 
 LLAMA = MINIATURES["llama"]
@@ -103,6 +104,14 @@ def test_a_plan_that_never_fires_fails_unless_it_may(model):
     assert allowed.failed == [] and row(allowed, "lazy")["status"] == "dense"
     assert "ran dense throughout (the budget covers every key)" in allowed.verdicts["lazy"]
     assert "to the last bit" in allowed.verdicts["lazy"]
+
+
+def test_the_verdict_on_a_plan_that_corrected_nothing_says_why():
+    counts = {"corrected": {}, "left_alone": {"no visual token is a sink": 10}}
+    fired = {"count": 0, "of": 1}
+    said = never_took_effect([{"method": "var", "fired": fired, "words": "", "figures": counts}])
+    assert "var (10 attention calls were left as they are: no visual token is a sink) never took effect" in said
+    assert "something to correct" in said and "longer prompts" not in said
 
 
 def test_one_silent_method_of_two_is_named(model):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from miniatures import IMAGE, MINIATURES, text_inputs, vision_inputs
@@ -13,6 +14,8 @@ from infer_patch.errors import PatchError, UnsupportedCallError, UnsupportedMode
 from infer_patch.evals.sinks import MIN_QUERIES, Sinks, find_sinks
 from infer_patch.kernels.received_attention import received_attention, reference
 from infer_patch.report import sinks_page
+from infer_patch.report.token_pictures import heated
+from infer_patch.visual_grid import Grid
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 200])
@@ -146,3 +149,16 @@ def test_long_prompts_leave_out_the_middle_of_the_map():
     sinks = Sinks(received, torch.arange(count, 0, -1)[None], torch.zeros(count).long(), torch.full((count,), -1), 0.1)
     page = sinks_page.render(sinks, ["word "] * count, [], "Long")
     assert "50 tokens left out" in page and page.count("<span") == 2 * sinks_page.TEXT
+
+
+def test_sinks_in_a_picture_are_framed():
+    from PIL import Image
+
+    picture, grid = Image.new("RGB", (30, 20), "black"), Grid(2, 3, leading=1)
+    plain = heated(picture, grid, [0.0] * 7)
+    framed = heated(picture, grid, [0.0] * 7, [True] + [False] * 4 + [True, False])
+    differs = torch.from_numpy(np.asarray(plain) != np.asarray(framed)).any(-1)
+    rows, columns = differs.nonzero().T
+    cell = plain.width // 3
+    assert rows.min() == cell and columns.min() == cell and columns.max() == 2 * cell - 1
+    assert framed.getpixel((cell, cell)) == (255, 255, 255)

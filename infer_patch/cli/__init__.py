@@ -38,6 +38,12 @@ class _Commands(TyperGroup):
             message = " ".join(str(error).split())
             Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            words = "Stopped."
+            if ctx.invoked_subcommand == "calibrate":
+                words += " What was measured so far is kept where the command has a work folder; run it again to go on."
+            Console(stderr=True).print(words, highlight=False)
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(

@@ -84,6 +84,7 @@ def sinks(
         highlight=False,
     )
     for i in per_token.argsort(descending=True, stable=True)[:5].tolist():
-        if per_token[i]:
-            shown.print(f"  token {i} {pieces[i]!r}: {int(per_token[i])} heads", highlight=False, markup=False)
+        if count := int(per_token[i]):
+            words = f"{count} head" + "s" * (count > 1)
+            shown.print(f"  token {i} {pieces[i]!r}: {words}", highlight=False, markup=False)
     show_places(out, None, shown)

@@ -16,11 +16,14 @@ from torch import Tensor
 from infer_patch.api import patch
 from infer_patch.attention import PORT
 from infer_patch.errors import PatchError
+from infer_patch.evals.kept_tokens import as_seen
 from infer_patch.evals.results import file_name, plain
 from infer_patch.evals.schema import AttentionView
 from infer_patch.families import describe
 from infer_patch.plan import Plan
-from infer_patch.report.attention_pictures import changes, drawn, moved
+from infer_patch.report.attention_pictures import Seen, changes, drawn, moved
+from infer_patch.tokens import image_numbers
+from infer_patch.visual_grid import picture_grids
 
 if TYPE_CHECKING:
     from infer_patch.evals.session import Ready
@@ -65,12 +68,16 @@ def check_head(model: Any, layer: int, head: int) -> None:
 
 
 def attention_views(
-    model: Any, processor: Any, plans: Sequence[Plan], prompt: Ready, layer: int, head: int
+    model: Any, processor: Any, plans: Sequence[Plan], prompt: Ready, layer: int, head: int, images: Sequence[Any] = ()
 ) -> tuple[list[AttentionView], dict[str, bytes]]:
-    """One head on one prompt before and after each plan; the pictures by the names of their files."""
+    """One head on one prompt before and after each plan; the pictures by the names of their files.
+
+    `images` are those of the prompt (PIL): over the first one it is drawn what the last token reads there.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     pieces = [str(tokenizer.decode([token])) for token in prompt.inputs["input_ids"][0].tolist()]
     before = head_attention(model, None, prompt.inputs, layer, head)
+    seen = _first_picture(model, processor, prompt.inputs, images)
     views: list[AttentionView] = []
     files: dict[str, bytes] = {}
     for plan in plans:
@@ -88,11 +95,24 @@ def attention_views(
         }
         if isinstance(before, Tensor) and isinstance(after, Tensor):
             view["file"] = file = f"attention/{file_name(plan.name)}.png"
-            files[file] = drawn(before, after)
+            files[file] = drawn(before, after, seen)
             view["moved"], view["moved_last"] = plain(moved(before, after))
             view["changes"] = plain(changes(before, after, pieces))
         views.append(view)
     return views, files
+
+
+def _first_picture(model: Any, processor: Any, inputs: Mapping[str, Any], images: Sequence[Any]) -> Seen | None:
+    """The first picture of a prompt as the model sees it; None where its tokens form no single grid."""
+    grids = picture_grids(inputs, model.config) if images else []
+    if not grids or len(grids) != len(images) or grids[0] is None:
+        return None
+    ids, kinds = inputs["input_ids"], describe(model).image_token_ids
+    numbers = image_numbers(torch.isin(ids, torch.tensor(kinds, device=ids.device)), dict(inputs))
+    places = None if numbers is None else (numbers[0] == 0).nonzero()[:, 0].cpu()
+    if places is None or len(places) != grids[0].tokens:
+        return None
+    return Seen(as_seen(inputs, images, processor)[0], grids[0], places)
 
 
 _REMEMBERED = "state", "notes", "memory"  # what methods keep in a cache layer

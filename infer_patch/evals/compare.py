@@ -162,7 +162,9 @@ def compare(
         )
         files: dict[str, bytes] = {}
         if settings.attention is not None:
-            summary["attention"], files = attention_views(model, processor, wanted, ready[0], *settings.attention)
+            images = prompts[0].images if isinstance(prompts[0], Prompt) else ()
+            views = attention_views(model, processor, wanted, ready[0], *settings.attention, images)
+            summary["attention"], files = views
         if folder is not None:
             from infer_patch.report.page import render
 
@@ -196,7 +198,10 @@ def checked(model: Any, plans: Sequence[PlanLike]) -> list[Plan]:
     wanted = [Plan.of(plan) for plan in plans]
     names = [file_name(name) for name in (UNPATCHED, REPEATED, OTHER_BACKEND, *(plan.name for plan in wanted))]
     if twice := _repeated(names):
-        raise PlanError(f"plans need different names to be told apart; {twice} stands for more than one.")
+        raise PlanError(
+            f"plans need different names to be told apart; {twice} stands for more than one. "
+            "Write a `name:` into each plan file."
+        )
     if not wanted:
         raise PlanError("nothing to compare: give at least one plan.")
     for plan in wanted:

@@ -32,13 +32,19 @@ def never_took_effect(effects: list[Effect]) -> str:
     silent = [effect for effect in effects if effect["fired"]["count"] == 0]
     words = []
     for effect in silent:
-        reasons = effect["figures"].get("dense_calls", {})
-        why = "; ".join(f"{calls:,} attention calls ran dense: {reason}" for reason, calls in reasons.items())
-        words.append(effect["method"] + (f" ({why})" if why else ""))
-    return (
-        f"FAILED: {', '.join(words)} never took effect, so these figures are those of the unpatched model. Give longer "
-        "prompts (or pictures, for methods that drop visual tokens), or change the options of the plan."
-    )
+        why = [
+            f"{calls:,} attention calls {what}: {reason}"
+            for key, what in (("dense_calls", "ran dense"), ("left_alone", "were left as they are"))
+            for reason, calls in effect["figures"].get(key, {}).items()
+        ]
+        words.append(effect["method"] + (f" ({'; '.join(why)})" if why else ""))
+    if silent and all("corrected" in effect["figures"] for effect in silent):
+        advice = "Change the options of the plan, or give prompts in which there is something to correct."
+    else:
+        advice = (
+            "Give longer prompts (or pictures, for methods that drop visual tokens), or change the options of the plan."
+        )
+    return f"FAILED: {', '.join(words)} never took effect, so these figures are those of the unpatched model. {advice}"
 
 
 def _quality(row: Row, unpatched: Row) -> str:

@@ -141,7 +141,8 @@ def _pictures(
         fits = grid is not None and grid.tokens == count
         uri = None
         if fits and grid is not None:
-            data, ending = encoded(heated(picture, grid, of_picture.tolist()))
+            framed = (sinks.heads_per_token()[here] > 0).tolist()
+            data, ending = encoded(heated(picture, grid, of_picture.tolist(), framed))
             uri = left.uri(f"x.{ending}", {f"x.{ending}": data})
         total = int((sinks.heads_per_token()[here] > 0).sum())
         most = float(of_picture.max()) if count else 0.0

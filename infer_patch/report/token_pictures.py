@@ -86,15 +86,17 @@ def encoded(picture: Any) -> tuple[bytes, str]:
     return stream.getvalue(), "jpg"
 
 
-def heated(picture: Any, grid: Grid, values: Sequence[float]) -> Any:
+def heated(picture: Any, grid: Grid, values: Sequence[float], outlined: Sequence[bool] = ()) -> Any:
     """The fitted picture in grey, under a colour for each cell: dark for nothing, bright for the highest value.
 
     Parameters
     ----------
     values : sequence of float
         One per token of the picture, in order, 0 or more.
+    outlined : sequence of bool, optional
+        Likewise: whose cells get a white frame.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     shown = fitted(picture, grid)
     cells = np.asarray(values[grid.leading :], dtype=float)
@@ -105,4 +107,11 @@ def heated(picture: Any, grid: Grid, values: Sequence[float]) -> Any:
     colours = np.asarray(cover.resize(shown.size, Image.Resampling.NEAREST), dtype=float)
     grey = np.asarray(shown, dtype=float) @ np.array([[0.299], [0.587], [0.114]])
     mixed = _HEAT * colours + (1 - _HEAT) * grey
-    return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+    found = Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+    pen, (wide, high) = ImageDraw.Draw(found), (found.width / grid.columns, found.height / grid.rows)
+    for cell, framed in enumerate(outlined[grid.leading :]):
+        if framed:
+            row, column = divmod(cell, grid.columns)
+            corner = round((column + 1) * wide) - 1, round((row + 1) * high) - 1
+            pen.rectangle((round(column * wide), round(row * high), *corner), outline=(255, 255, 255))
+    return found
