@@ -258,7 +258,8 @@ def describe(figures: dict[str, Any]) -> str:
         words.append(f"held at most {max(figures['rows_held'].values())} of {figures['tokens_seen']} cached tokens")
     if "corrected" in figures:
         touched = [counts["rows"] for counts in figures["corrected"].values() if counts.get("rows")]
-        words.append(f"corrected {sum(touched):,} attention rows in {len(touched)} layers")
+        if touched:
+            words.append(f"corrected {sum(touched):,} attention rows in {len(touched)} layers")
         for reason, calls in figures["left_alone"].items():
             words.append(f"{calls} attention calls were left as they are ({reason})")
     return "; ".join(words) if figures["fired"] else "; ".join(["NEVER FIRED", *words])

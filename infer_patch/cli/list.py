@@ -42,6 +42,8 @@ def show(
         from infer_patch.plan import presets
 
         known = methods()
+    if name is not None and name.replace("-", "_") in known and name not in presets():
+        name = name.replace("-", "_")  # as `calibrate` spells it
     if name is not None and name not in known and name not in presets():
         from infer_patch.errors import PlanError
 

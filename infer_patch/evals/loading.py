@@ -60,7 +60,8 @@ def open_images(paths: Sequence[Path]) -> tuple[Any, ...]:
         try:
             images.append(Image.open(path).convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
-            raise PatchError(f"cannot read the image {path}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise PatchError(f"cannot read the image {path}: {reason}") from error
     return tuple(images)
 
 

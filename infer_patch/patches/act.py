@@ -183,7 +183,10 @@ class _ACT(Runtime):
         heads, _ = self._index(layer, output.device)
         q, chosen = call.q.index_select(1, heads), output.index_select(1, heads)
         if call.past == 0:
-            new, call.counts["rows"] = self._prompt(layer, call, q, chosen)
+            found = self._prompt(layer, call, q, chosen)
+            if found is None:
+                return "no sink but the one that is left alone"
+            new, call.counts["rows"] = found
         elif config.decode == "frozen":
             new, call.counts["rows"] = self._frozen(layer, call, q, chosen, known)
         elif single:
@@ -209,7 +212,8 @@ class _ACT(Runtime):
     def _edited(self, layer: int, call: Any, q: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return edited_rows(q, call.k, self.heads[layer], self.kv[layer], call.scale, call.edits)
 
-    def _prompt(self, layer: int, call: Any, q: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    def _prompt(self, layer: int, call: Any, q: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Every row of a prompt by all of them; None where no column is to be lowered."""
         config, kv, keys = self.config, self.kv[layer], call.k.shape[2]
         lse = last = None
         if call.edits:
@@ -229,6 +233,8 @@ class _ACT(Runtime):
         elif config.decode == "frozen":
             for memory, held in zip(call.memory, nothing):
                 memory[self.key] = held.only_counted(keys)
+        if not bool(listed.any()):
+            return None
         if not call.edits:
             new, rows = lower_columns(output, q, call.k, call.v, kv, listed, config.beta, call.scale, lse)
             return new, rows.sum()

@@ -11,7 +11,7 @@ import numpy as np
 def head_map(
     values: Sequence[Sequence[float | None]], chosen: Mapping[str, Sequence[int]], path: Path, label: str
 ) -> Path:
-    """Write values [layer][head] as a heat map around 0; None stays blank, chosen heads carry a dot.
+    """Write values [layer][head] as a heat map around 0, blue above; None is hatched, chosen heads carry a dot.
 
     Needs matplotlib.
     """
@@ -23,7 +23,8 @@ def head_map(
     figure = Figure(figsize=(2 + 0.3 * grid.shape[1], 1.5 + 0.2 * grid.shape[0]), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
+    axes.patch.set(facecolor="0.85", edgecolor="0.7", hatch="///")  # shows where nothing is drawn
+    image = axes.imshow(grid, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
     for layer, heads in chosen.items():
         axes.scatter(heads, [int(layer)] * len(heads), s=8, c="black")
     axes.set(xlabel="head", ylabel="layer")

@@ -97,7 +97,7 @@ def overhead(
 
 def _print(document: dict[str, Any], console: Console) -> None:
     facts, rounds = document["model"], document["settings"]["rounds"]
-    title = f"{facts['id']} ({facts['dtype']}, {facts['device']}), {rounds} rounds"
+    title = f"{facts['id']} ({facts['dtype']}, {facts['device']}), {rounds} {'round' if rounds == 1 else 'rounds'}"
     table = Table("tokens", "phase", "run", "ms", "p20", "median", "p80", "verdict", title=title, title_justify="left")
     for (length, phase), found in groupby(document["results"], key=lambda result: (result["length"], result["phase"])):
         plans = list(found)
