@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
-from infer_patch.cli.common import numbers
+from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
 
 @calibrations.command("act")
 def act(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     out: Annotated[Path, typer.Option(help="Head list to write; ACT(heads_file=...) reads it.")],
     work: Annotated[
         Path | None, typer.Option(help="Folder for what is measured; the same one again goes on. [OUT without .json]")
@@ -38,8 +38,8 @@ def act(
     min_gain: Annotated[float, typer.Option(help="Heads are kept above this mean gain in accuracy.")] = 0.0,
     max_heads: Annotated[int | None, typer.Option(help="Keep the best ones only.")] = None,
     batch: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws the generated questions.")] = 0,
 ) -> None:
     """Try ACT on one head after the other, keep those that answer better, and judge them on held-out questions.

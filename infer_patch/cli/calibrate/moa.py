@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
-from infer_patch.cli.common import numbers
+from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
 
 @calibrations.command("moa")
 def moa(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     out: Annotated[Path, typer.Option(help="Plan file to write; MoA(plan_file=...) reads it.")],
     work: Annotated[
         Path | None, typer.Option(help="Folder for what is measured; the same one again goes on. [OUT without .json]")
@@ -37,8 +37,8 @@ def moa(
     ] = None,
     validation_items: Annotated[int, typer.Option(help="Prompts there.")] = 4,
     validation_plans: Annotated[int, typer.Option(help="Plans compared at most.")] = 6,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws the prompts.")] = 0,
 ) -> None:
     """Find how far each head must look: a plan of elastic spans at a density, measured on the model's own answers.

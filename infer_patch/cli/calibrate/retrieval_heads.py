@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
-from infer_patch.cli.common import numbers
+from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
 _SHOWN = 10
@@ -19,7 +19,7 @@ _SHOWN = 10
 
 @calibrations.command("retrieval-heads")
 def retrieval_heads(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     out: Annotated[Path, typer.Option(help="Score file to write; RetrievalHeads(scores_file=...) reads it.")],
     work: Annotated[
         Path | None, typer.Option(help="Folder for the tests; the same one again goes on. [OUT without .json]")
@@ -33,8 +33,8 @@ def retrieval_heads(
     text: Annotated[Path | None, typer.Option(help="Folder of .txt files for the texts; else generated.")] = None,
     answer_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 50,
     picture: Annotated[Path | None, typer.Option(help="Heat map of the scores: a .png, .svg or .pdf file.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws texts, keys and numbers.")] = 0,
 ) -> None:
     """Find the heads that copy: how often each attended most to the very token of the fact that came out.
