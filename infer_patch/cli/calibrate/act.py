@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.calibrate.common import WorkFolder, check_out, dumps, work_folder
 from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
@@ -19,9 +19,7 @@ from infer_patch.cli.compare import progress_bar, quiet
 def act(
     model: LanguageModel,
     out: Annotated[Path, typer.Option(help="Head list to write; ACT(heads_file=...) reads it.")],
-    work: Annotated[
-        Path | None, typer.Option(help="Folder for what is measured; the same one again goes on. [OUT without .json]")
-    ] = None,
+    work: WorkFolder = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -46,14 +44,9 @@ def act(
 
     Batches are kept, so an interrupted run goes on where it stopped.
     """
-    from infer_patch.errors import PatchError
-
     console = Console(stderr=True)
-    folder = work or out.with_suffix("")
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
-    if folder.exists() and not folder.is_dir():
-        raise PatchError(f"{folder} is a file; name a folder for what is measured with --work.")
+    check_out(out, ".json")
+    folder = work_folder(work, out)
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.act import Settings, calibrate
         from infer_patch.calibration.choices import generated, read_questions
@@ -81,7 +74,7 @@ def act(
     with progress_bar(console) as on_progress, quiet():
         document = calibrate(loaded, processor, asked, settings, folder, held_out, model, on_progress)
     document["seed"] = seed
-    out.write_text(dumps(document), encoding="utf-8")
+    out.write_text(dumps(document, "delta"), encoding="utf-8")
     picture = _picture(document, folder)
     _show(document, Console())
     typer.echo(f"\nHeads    {out}\nMeasured    {folder}")
@@ -89,14 +82,6 @@ def act(
         typer.echo(f"Gain of each head    {picture}")
     if document["heads"]:
         typer.echo(f"\nmethods:\n  - method: act\n    heads_file: {out}")
-
-
-def dumps(document: dict[str, Any]) -> str:
-    """JSON with a line for each layer of the gains."""
-    text = json.dumps({**document, "delta": "@delta"}, indent=1)
-    return (
-        text.replace('"@delta"', "[\n  " + ",\n  ".join(json.dumps(row) for row in document["delta"]) + "\n ]") + "\n"
-    )
 
 
 def _picture(document: dict[str, Any], folder: Path) -> Path | None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.calibrate.common import check_out
 from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
@@ -35,11 +36,8 @@ def kv(
     seed: Annotated[int, typer.Option(help="Draws the texts.")] = 0,
 ) -> None:
     """Find how many bits each layer's cache needs: drift per layer and width, and the cheapest policy under a limit."""
-    from infer_patch.errors import PatchError
-
     console = Console(stderr=True)
-    if out.suffix not in (".yaml", ".yml") or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .yaml file in a folder that exists, got {out}.")
+    check_out(out, ".yaml", ".yml")
     sizes = numbers(lengths, "1000,2000")
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.kv import Settings, calibrate

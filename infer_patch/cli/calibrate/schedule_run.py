@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from infer_patch.cli.calibrate.common import check_out
 from infer_patch.cli.compare import progress_bar, quiet
 
 
@@ -29,11 +30,8 @@ def calibrate(
     seed: int,
 ) -> None:
     """Load the model, measure, write the file, show it."""
-    from infer_patch.errors import PatchError
-
     console = Console(stderr=True)
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
+    check_out(out, ".json")
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.visual_questions import Source
         from infer_patch.evals.loading import load

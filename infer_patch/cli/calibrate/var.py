@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.calibrate.common import check_out
 from infer_patch.cli.common import Device, Dtype, LanguageModel
 from infer_patch.cli.compare import progress_bar, quiet
 
@@ -25,11 +26,8 @@ def var(
     dtype: Dtype = "auto",
 ) -> None:
     """Find the hidden dimensions in which the first token is huge: those of visual sinks, too. Takes seconds."""
-    from infer_patch.errors import PatchError
-
     console = Console(stderr=True)
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
+    check_out(out, ".json")
     texts = _lines(text) if text is not None else None
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.var import TEXTS, calibrate
