@@ -48,7 +48,8 @@ def act(
     check_out(out, ".json")
     folder = work_folder(work, out)
     with console.status("Loading PyTorch and transformers") as status:
-        from infer_patch.calibration.act import Settings, calibrate
+        from infer_patch.calibration.act import calibrate
+        from infer_patch.calibration.act_settings import Settings
         from infer_patch.calibration.choices import generated, read_questions
         from infer_patch.calibration.hub_questions import hub_questions
         from infer_patch.evals.loading import load
