@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from infer_patch.errors import PatchError
 from infer_patch.evals.statistics import paired
 from infer_patch.families import describe
 from infer_patch.files import replace_file
+from infer_patch.progress import Progress
 from infer_patch.selection import plain_attention_layers
 
-Progress = Callable[[int, int, str], None]
 Datasets = Mapping[str, Sequence[Question]]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from infer_patch.availability import require
 from infer_patch.errors import PatchError
-from infer_patch.evals.compare import Progress, checked, model_facts
+from infer_patch.evals.compare import checked, model_facts
 from infer_patch.evals.drift import why_no_other_backend
 from infer_patch.evals.eval_folder import EvalFolder
 from infer_patch.evals.eval_runner import Runner
@@ -32,6 +32,7 @@ from infer_patch.keep_schedule import RANDOM, ScheduledPruning
 from infer_patch.machine import machine
 from infer_patch.method import Method
 from infer_patch.plan import Plan, PlanLike
+from infer_patch.progress import Progress
 from infer_patch.pruning import LayerPruning
 
 
