@@ -8,7 +8,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from infer_patch.evals.schema import EvalRow, EvalSummary, Interval
+from infer_patch.evals.eval_schema import EvalRow, EvalSummary
+from infer_patch.evals.schema import Interval
 from infer_patch.evals.verdict import megabytes
 from infer_patch.report import formats
 
