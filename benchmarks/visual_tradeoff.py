@@ -24,7 +24,7 @@ from infer_patch.calibration.dyvte import GateSettings, calibrate_dyvte
 from infer_patch.calibration.keep_schedules import calibrate_g_search, calibrate_p_sigmoid
 from infer_patch.calibration.schedule_settings import SearchSettings, SigmoidSettings
 from infer_patch.calibration.visual_questions import Source
-from infer_patch.cli.calibrate.schedules import dumps
+from infer_patch.cli.calibrate.schedule_run import dumps
 from infer_patch.evals.evaluate import Evaluation, evaluate
 from infer_patch.evals.loading import load
 from infer_patch.evals.pope_scenes import PopeScenes

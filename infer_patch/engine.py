@@ -16,12 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from infer_patch.attend import attend
 from infer_patch.attention import DenseAttention, ImplementationName, LazyMask, Port, forwards
-from infer_patch.cache import IndexedLayer
 from infer_patch.cache_memory import cache_bytes
+from infer_patch.cache_swap import check_cache, swap_layers
 from infer_patch.errors import UnsupportedCallError
 from infer_patch.families import ModelParts
 from infer_patch.installation import Installation, LayerHook
@@ -130,7 +129,7 @@ class Engine:
             if value is not None:
                 thread.inputs.setdefault(name, value)
         if module is not self.parts.text_model:
-            self._check_cache(given.get("past_key_values"))
+            check_cache(given.get("past_key_values"))
             return None
         thread.run, cache = self._open_run(given, thread.inputs)
         changed = {}
@@ -178,7 +177,7 @@ class Engine:
             raise UnsupportedCallError("gradient checkpointing re-runs layers out of order; switch it off, or unpatch.")
         if inputs.get("output_attentions") or getattr(self.parts.text_config, "output_attentions", False):
             raise UnsupportedCallError("a patched model cannot return attention weights (output_attentions=True).")
-        self._check_cache(cache)
+        check_cache(cache)
         batch, length = source.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         image = self._images(inputs, batch, length) if self._reads_images and length > 1 else None
@@ -197,7 +196,7 @@ class Engine:
         if cache is None and (self.parts.text_model.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.parts.text_model.config)
         if cache is not None:
-            self._swap_layers(cache, tokens)
+            swap_layers(self, cache, tokens)
         recorded = inputs.get("output_hidden_states") or getattr(self.parts.text_config, "output_hidden_states", False)
         self.stats.call(tokens)
         return Run(tokens, cache, bool(recorded) or torch.is_grad_enabled()), cache
@@ -222,48 +221,6 @@ class Engine:
             return None
         is_visual = torch.isin(ids, torch.tensor(self.parts.image_token_ids, device=ids.device))
         return image_numbers(is_visual, inputs)
-
-    def _check_cache(self, cache: Any) -> None:
-        if cache is None:
-            return
-        if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
-            what = "an offloaded cache" if isinstance(cache, Cache) else type(cache).__name__
-        else:
-            strange = [x for x in cache.layers if not (isinstance(x, IndexedLayer) or IndexedLayer.can_adopt(x))]
-            if not strange:
-                return
-            what = f"{type(cache).__name__} with layers of type {type(strange[0]).__name__}"
-        raise UnsupportedCallError(
-            f"{what} cannot be patched; expected a DynamicCache. Leave `past_key_values` and `cache_implementation` at "
-            "their defaults, or unpatch the model."
-        )
-
-    def _swap_layers(self, cache: Cache, tokens: Tokens) -> None:
-        """Replace the cache layers that methods need, in place; all or none."""
-        while len(cache.layers) < self.parts.num_layers:
-            cache.layers.append(DynamicLayer())
-        swaps = []
-        for i, held in enumerate(cache.layers):
-            store = self.stores.get(i)
-            shortened = tokens.image is not None and i >= self.first_reduced
-            # layers with a window of their own let go of old rows, and their masks count on that
-            corrected = i in self.calibrators and self.parts.windows[i] is None
-            wanted = i in self.selectors or corrected or shortened
-            if isinstance(held, IndexedLayer):
-                if held.made_by == (None if store is None else store.key):
-                    continue
-                if held.rows and (held.made_by is not None or held.start is not None):
-                    raise UnsupportedCallError("this cache was filled under another plan; start again from the prompt.")
-                swaps.append((i, store.cache_layer(i) if store is not None else IndexedLayer()))
-            elif store is not None or wanted:
-                swaps.append((i, store.cache_layer(i) if store is not None else IndexedLayer()))
-        for i, fresh in swaps:
-            fresh.made_by = store.key if (store := self.stores.get(i)) is not None else None
-            fresh.adopt(cache.layers[i], tokens)
-        for i, fresh in swaps:
-            cache.layers[i] = fresh
-        for i in self.stores:
-            cast(IndexedLayer, cache.layers[i]).expect(tokens, None)
 
     # Reduction
 

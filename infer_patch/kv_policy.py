@@ -7,10 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infer_patch.kernels.kv_pack import PLAIN
+from infer_patch.errors import UnsupportedModelError
+from infer_patch.families import ModelParts
+from infer_patch.kernels.kv_pack import BITS, PLAIN
 from infer_patch.kernels.probe_scores import probe_scores, probes_that_see
+from infer_patch.method import Method
 from infer_patch.packed_pool import ROWS
 from infer_patch.packed_tail import NewTokens
+from infer_patch.selection import plain_attention_layers
+
+WIDTHS = (*BITS, PLAIN)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,35 @@ class Policy:
         """Important tokens among so many: the share, to the nearest 16, or to the nearest group in a long prompt."""
         grain = self.group if tokens >= 8 * self.group else ROWS
         return max(0, min(round(self.important * tokens / grain) * grain, tokens))
+
+
+def require_bits(method: Method, bits: int, other_bits: int, value_bits: int | None = None, mixed: bool = True) -> None:
+    """Options that give a `Policy` its bits; raise `PlanError` for others. `mixed`: are tokens kept in both?"""
+    for name, given in (("bits", bits), ("other_bits", other_bits)):
+        method.require(given in WIDTHS, f"{name} must be one of {sorted(WIDTHS)}, got {given}")
+    method.require(
+        value_bits is None or value_bits in BITS,
+        f"value_bits must be one of {sorted(BITS)}, or None for those of keys, got {value_bits}",
+    )
+    method.require(
+        bits >= other_bits or not mixed,
+        f"important tokens need at least the bits of others, got bits={bits}, other_bits={other_bits}",
+    )
+
+
+def packable_layers(method: str, parts: ModelParts, policy: Policy) -> tuple[int, ...]:
+    """Layers whose keys and values a policy can keep: those of plain attention; raise `UnsupportedModelError` if none.
+
+    Heads must fill whole bytes in the fewest bits that the policy uses.
+    """
+    layers = plain_attention_layers(method, parts)
+    planes = 8 // min(8, policy.value_bits or 8, *policy.widths)
+    if parts.head_dim % planes:
+        raise UnsupportedModelError(
+            f"{method}: {parts.model_type} has heads of {parts.head_dim} numbers, which do not fill whole bytes "
+            f"of {planes} numbers each. Use more bits."
+        )
+    return layers
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 import infer_patch
 from infer_patch.calibration import act as calibration
-from infer_patch.calibration.act import Settings, calibrate, chosen_heads
+from infer_patch.calibration.act import calibrate, chosen_heads
+from infer_patch.calibration.act_settings import Settings
 from infer_patch.calibration.choices import generated, read_questions
 from infer_patch.cli import app
 from infer_patch.errors import PatchError

@@ -13,20 +13,10 @@ from PIL import Image
 from infer_patch.availability import is_available
 from infer_patch.errors import MissingDependencyError, PatchError
 from infer_patch.evals import pope
-from infer_patch.evals.pope import (
-    SPLITS,
-    Pope,
-    PopeHub,
-    Question,
-    binary_metrics,
-    exact,
-    official,
-    parsed,
-    read_questions,
-    strict,
-    unique_pairs,
-)
+from infer_patch.evals.pope import Pope, PopeHub
+from infer_patch.evals.pope_questions import SPLITS, Question, read_questions, unique_pairs
 from infer_patch.evals.pope_scenes import PopeScenes, wording
+from infer_patch.evals.pope_scores import binary_metrics, exact, official, parsed, strict
 
 FILES = tuple(Path(__file__).parent / "data" / "pope" / f"coco_pope_{split}.json.gz" for split in SPLITS)
 VISION = SimpleNamespace(image_processor=None)

@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from infer_patch.errors import PatchError
-from infer_patch.evals import prose, ruler
+from infer_patch.evals import prose, ruler_tasks
 from infer_patch.evals.evaluate import evaluate
 from infer_patch.evals.haystack import build_haystack
-from infer_patch.evals.ruler import NEW_TOKENS, TASKS, Ruler, post_process, string_match_all, string_match_part
+from infer_patch.evals.ruler import Ruler, post_process, string_match_all, string_match_part
+from infer_patch.evals.ruler_tasks import NEW_TOKENS, TASKS
 from infer_patch.plan import Plan
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}{{ '<s>assistant\n' }}"
@@ -28,7 +29,10 @@ def trained(template):
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     stream, rng = prose.paragraphs(random.Random(0)), random.Random(0)
     text = [" ".join(next(stream)) for _ in range(60)]
-    text += [" ".join([*ruler.ADJECTIVES, *ruler.NOUNS]), " ".join(str(uuid.UUID(int=rng.getrandbits(128))))]
+    text += [
+        " ".join([*ruler_tasks.ADJECTIVES, *ruler_tasks.NOUNS]),
+        " ".join(str(uuid.UUID(int=rng.getrandbits(128)))),
+    ]
     core.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1600, special_tokens=["<unk>", "<s>", "</s>"]))
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", chat_template=template)
 
@@ -101,7 +105,7 @@ def test_prompts_depend_on_seed_and_their_own_place_only(items, tokenizer):
 
 @pytest.mark.parametrize("task", NIAH)
 def test_needles(items, task):
-    kind = ruler._NIAH[task]
+    kind = ruler_tasks._NIAH[task]
     for item in of(items, task):
         text = context(item)
         found = NEEDLE.findall(text)
@@ -125,9 +129,9 @@ def test_needles(items, task):
             rest = NEEDLE.sub("", text)
             assert not re.search("[0-9]", rest)
             if kind.haystack == "noise":
-                assert set(rest.split("\n")) == {ruler._NOISE, ""}
+                assert set(rest.split("\n")) == {ruler_tasks._NOISE, ""}
             else:
-                assert ruler._NOISE not in rest
+                assert ruler_tasks._NOISE not in rest
                 for sentence in NEEDLE.finditer(text):
                     before = text[: sentence.start()].rstrip()
                     assert not before or before[-1] == "."
@@ -182,7 +186,7 @@ def test_frequent_words_are_counted_from_the_text(items):
 
 
 def test_no_word_pair_is_part_of_another():
-    adjectives, nouns = ruler.ADJECTIVES, ruler.NOUNS
+    adjectives, nouns = ruler_tasks.ADJECTIVES, ruler_tasks.NOUNS
     assert len(set(adjectives)) == len(adjectives) and len(set(nouns)) == len(nouns)
     assert len(adjectives) * len(nouns) > 20_000
     assert not any(a != b and a.endswith(b) for a in adjectives for b in adjectives)
@@ -270,8 +274,8 @@ def test_refusals(tokenizer):
 
 
 def test_more_than_there_are_words_for_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(ruler, "ADJECTIVES", ruler.ADJECTIVES[:2])
-    monkeypatch.setattr(ruler, "NOUNS", ruler.NOUNS[:20])
+    monkeypatch.setattr(ruler_tasks, "ADJECTIVES", ruler_tasks.ADJECTIVES[:2])
+    monkeypatch.setattr(ruler_tasks, "NOUNS", ruler_tasks.NOUNS[:20])
     with pytest.raises(PatchError, match="more than niah_multikey_2 can fill"):
         Ruler(tasks=("niah_multikey_2",), samples=1).items(tokenizer, model())
 

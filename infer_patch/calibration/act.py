@@ -13,9 +13,8 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +25,17 @@ from infer_patch.api import patch
 from infer_patch.artifacts import fingerprint
 from infer_patch.attention import PORT
 from infer_patch.availability import installed_version
+from infer_patch.calibration.act_settings import Settings
 from infer_patch.calibration.choices import Question
 from infer_patch.calibration.work_folder import claim
 from infer_patch.errors import PatchError
 from infer_patch.evals.statistics import paired
 from infer_patch.families import describe
 from infer_patch.files import replace_file
-from infer_patch.patches.act import ACT
+from infer_patch.progress import Progress
 from infer_patch.selection import plain_attention_layers
 
-Progress = Callable[[int, int, str], None]
 Datasets = Mapping[str, Sequence[Question]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How heads are chosen.
-
-    Parameters
-    ----------
-    beta, threshold, threshold_mode
-        Of ACT, while heads are tried.
-    layers : tuple of int, optional
-        Layers whose heads are tried; 2 to L - 2 if not given.
-    min_gain : float
-        A head is kept if its mean gain in accuracy over the datasets is above this.
-    max_heads : int, optional
-        Keep the best ones only.
-    batch : int
-        Questions answered together.
-    seed : int
-        Of the statistics on held-out questions.
-    """
-
-    beta: float = 0.4
-    threshold: float = 0.1
-    threshold_mode: str = "absolute"
-    layers: tuple[int, ...] | None = None
-    min_gain: float = 0.0
-    max_heads: int | None = None
-    batch: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or (self.max_heads is not None and self.max_heads < 1):
-            raise PatchError(f"batch and max_heads must be 1 or more, got {self.batch} and {self.max_heads}.")
-
-    def method(self, heads: Sequence[tuple[int, int]]) -> ACT:
-        return ACT(
-            heads=tuple(heads),
-            beta=self.beta,
-            threshold=self.threshold,
-            threshold_mode=self.threshold_mode,
-            decode="off",
-        )
 
 
 def calibrate(

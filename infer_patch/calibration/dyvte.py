@@ -20,7 +20,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from infer_patch.api import is_patched, patch
-from infer_patch.calibration.visual_quality import Progress
 from infer_patch.calibration.visual_questions import Questions, Source, questions
 from infer_patch.calibration.work_folder import claim
 from infer_patch.errors import PatchError
@@ -28,6 +27,7 @@ from infer_patch.evals.generation import collate
 from infer_patch.families import ModelParts, describe
 from infer_patch.files import replace_file
 from infer_patch.patches.dyvte import FEATURES, DyVTE, exit_labels, gate_features, gate_logits
+from infer_patch.progress import Progress
 
 _IGNORED = -100
 

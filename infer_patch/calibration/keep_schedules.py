@@ -16,13 +16,14 @@ import torch
 from infer_patch.availability import installed_version, require
 from infer_patch.calibration.bayes import Point, maximise
 from infer_patch.calibration.schedule_settings import ScheduleSettings, SearchSettings, SigmoidSettings
-from infer_patch.calibration.visual_quality import Progress, Quality, Trace
+from infer_patch.calibration.visual_quality import Quality, Trace
 from infer_patch.calibration.visual_questions import Questions, questions
 from infer_patch.errors import PatchError
 from infer_patch.evals.visual_cost import cost_ratio
 from infer_patch.keep_schedule import Schedule, counts_of, read_schedule
 from infer_patch.patches.g_search import search
 from infer_patch.patches.p_sigmoid import reachable, sigmoid_rates
+from infer_patch.progress import Progress
 
 Counts = tuple[int, ...]
 TOP, STEEPNESS = (0.5, 1.0), (2.0, 40.0)  # ranges of a and kappa; b goes from 0 to the budget

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +29,9 @@ from infer_patch.evals.needle import NeedleGrid
 from infer_patch.families import describe
 from infer_patch.patches.kv_quant import KVQuant
 from infer_patch.plan import Plan
+from infer_patch.progress import Progress
 from infer_patch.selection import plain_attention_layers
 
-Progress = Callable[[int, int, str], None]
 _TRIES = 4  # policies measured at most
 
 

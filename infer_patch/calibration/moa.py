@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,8 @@ from infer_patch.evals.needle import check_context, read_texts
 from infer_patch.families import describe
 from infer_patch.files import replace_file
 from infer_patch.patches.moa import MoA, SpanPlan
+from infer_patch.progress import Progress
 from infer_patch.selection import plain_attention_layers
-
-Progress = Callable[[int, int, str], None]
 
 
 def calibrate(

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import random
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ from infer_patch.families import describe
 from infer_patch.files import replace_file
 from infer_patch.head_scores import HeadScores
 from infer_patch.method import Method, Runtime
+from infer_patch.progress import Progress
 
-Progress = Callable[[int, int, str], None]
 PASSED = 0.5  # recall above which an answer counts as right
 RETRIEVES = 0.1  # mean score from which the paper calls a head a retrieval head
 

@@ -6,7 +6,7 @@ root mean square. Sink tokens of pictures are large in the same dimensions, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from infer_patch.attention import PORT
 from infer_patch.availability import installed_version
 from infer_patch.errors import PatchError
 from infer_patch.families import describe
+from infer_patch.progress import Progress
 
-Progress = Callable[[int, int, str], None]
 FIRST_LAYER = 3
 TEXTS = (
     "The river ran past the mill and under the old bridge, where the children used to fish.",

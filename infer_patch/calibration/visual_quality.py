@@ -19,7 +19,6 @@ from infer_patch.families import describe
 from infer_patch.patches.g_search import GSearch
 
 METRICS = ("agreement", "accuracy")
-Progress = Callable[[int, int, str], None]
 
 
 class Quality:

@@ -13,10 +13,11 @@ from infer_patch.cli.bench import bench
 from infer_patch.cli.calibrate import act as _act  # noqa: F401  (each adds its command to `calibrate`)
 from infer_patch.cli.calibrate import calibrations
 from infer_patch.cli.calibrate import dyvte as _dyvte  # noqa: F401
+from infer_patch.cli.calibrate import g_search as _g_search  # noqa: F401
 from infer_patch.cli.calibrate import kv as _kv  # noqa: F401
 from infer_patch.cli.calibrate import moa as _moa  # noqa: F401
+from infer_patch.cli.calibrate import p_sigmoid as _p_sigmoid  # noqa: F401
 from infer_patch.cli.calibrate import retrieval_heads as _retrieval_heads  # noqa: F401
-from infer_patch.cli.calibrate import schedules as _schedules  # noqa: F401
 from infer_patch.cli.calibrate import var as _var  # noqa: F401
 from infer_patch.cli.chat import chat
 from infer_patch.cli.compare import compare

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from infer_patch.cli.common import Device, Dtype
 from infer_patch.cli.compare import quiet
 from infer_patch.errors import MissingDependencyError, PatchError
 
@@ -46,8 +47,8 @@ def chat(
     system: Annotated[str, typer.Option(help="A system message.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer, at most.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of torch, for a temperature above 0.")] = 0,
 ) -> None:
     """Talk to a model in the terminal; /help lists what can be done on the way, such as /patch off.

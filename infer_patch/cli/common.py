@@ -1,12 +1,16 @@
-"""What several commands share: lists of numbers, result files, the command that repeats a run."""
+"""What several commands share: options, lists of numbers, result files, the command that repeats a run."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+LanguageModel = Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")]
 
 
 def numbers(text: str, example: str) -> tuple[int, ...]:

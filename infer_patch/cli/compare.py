@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from infer_patch.cli.common import Device, Dtype, LanguageModel
+
 if TYPE_CHECKING:
     from infer_patch.evals.compare import Comparison
     from infer_patch.evals.prompts import Prompt
@@ -22,7 +24,7 @@ DEFAULT_TOKENS = 3000  # of the prompt that is generated when none is given
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     plan: Annotated[list[str], typer.Option(help="A preset or a .yaml file; give it again for more plans.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
     prompt_file: Annotated[list[Path] | None, typer.Option(help="A text file with one prompt; again for more.")] = None,
@@ -30,8 +32,8 @@ def compare(
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Apply the chat template (if any).")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Greedy tokens per prompt.")] = 32,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one that warms up.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="Result folder; if not given, infer-patch-MODEL-TIME.")] = None,
     seed: Annotated[int, typer.Option(help="Of torch and of a generated prompt.")] = 0,
     attention: Annotated[

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infer_patch.cli.common import Device, Dtype
 from infer_patch.cli.compare import read_prompt
 from infer_patch.cli.eval_run import run
 
@@ -17,8 +18,6 @@ Model = Annotated[str, typer.Argument(help="A hub id, a folder, `demo` or `demo-
 Plans = Annotated[list[str], typer.Option("--plan", help="A preset or a .yaml file; give it again for more plans.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per batch; the same batches for every run.", min=1)]
 Control = Annotated[int, typer.Option(help="Batches that unpatched answers twice, as the floor.", min=0)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")]
 Out = Annotated[Path | None, typer.Option(help="Result folder; the same one again goes on with an unfinished run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result of other settings in the folder.")]
 Seed = Annotated[int, typer.Option(help="Draws the items.")]
@@ -28,6 +27,9 @@ QuestionLast = Annotated[
         "--question-last/--question-in-prefill",
         help="Feed the question after the context is in the cache; default: where a plan changes the cache.",
     ),
+]
+RandomBaseline = Annotated[
+    bool, typer.Option("--random-baseline", help="Beside every pruning plan, one that prunes at random.")
 ]
 TextFolder = Annotated[Path | None, typer.Option("--text", help="Folder of .txt files as the haystack.")]
 
@@ -48,9 +50,7 @@ def pope(
     hub: Annotated[str | None, typer.Option(help="A data set of the hub instead, such as lmms-lab/POPE.")] = None,
     scenes: Annotated[int, typer.Option(help="Without files: pictures of the built-in set, 18 questions each.")] = 50,
     limit_images: Annotated[int | None, typer.Option(help="Only that many pictures, with all their questions.")] = None,
-    random_baseline: Annotated[
-        bool, typer.Option("--random-baseline", help="Beside every pruning plan, one that prunes at random.")
-    ] = False,
+    random_baseline: RandomBaseline = False,
     batch_size: BatchSize = 8,
     question_last: QuestionLast = None,
     control_batches: Control = 4,
@@ -139,9 +139,7 @@ def mm_needle(
     wording: Annotated[
         str | None, typer.Option(help="general, or demo: the sentences that demo-vlm knows (its default).")
     ] = None,
-    random_baseline: Annotated[
-        bool, typer.Option("--random-baseline", help="Beside every pruning plan, one that prunes at random.")
-    ] = False,
+    random_baseline: RandomBaseline = False,
     batch_size: BatchSize = 4,
     question_last: QuestionLast = None,
     control_batches: Control = 4,

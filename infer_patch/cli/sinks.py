@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from infer_patch.cli.common import Device, Dtype
 from infer_patch.cli.compare import quiet, read_prompt, show_places
 
 TOKENS = 600  # of the prompt that is generated when none is given
@@ -23,8 +24,8 @@ def sinks(
     threshold: Annotated[float, typer.Option(help="A sink receives more than this share of attention.")] = 0.1,
     layer: Annotated[int | None, typer.Option(help="Pictures of this layer, instead of the mean over all.")] = None,
     head: Annotated[int | None, typer.Option(help="Pictures of this head, instead of the mean over all.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Annotated[Path, typer.Option(help="The page; its numbers go into a .json file beside it.")] = Path(
         "sinks.html"
     ),

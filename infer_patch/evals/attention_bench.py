@@ -10,7 +10,7 @@ ratio, so 1 where time falls as much as reading does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,9 @@ from infer_patch.evals.budgets import always_sparse, budget_for_share, with_budg
 from infer_patch.evals.stopwatch import Stopwatch
 from infer_patch.evals.verdict import megabytes
 from infer_patch.plan import Plan
+from infer_patch.progress import Progress
 
 NEVER = "never within the measured lengths"
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from infer_patch.evals.summary import OTHER_BACKEND, REPEATED, UNPATCHED
 from infer_patch.families import describe
 from infer_patch.machine import machine
 from infer_patch.plan import Plan, PlanLike
-
-Progress = Callable[[int, int, str], None]  # runs done, runs in all, what comes next
+from infer_patch.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from infer_patch.errors import PatchError
 from infer_patch.evals import haystack
 from infer_patch.evals.cost import quantile
 from infer_patch.evals.drift import distances
+from infer_patch.evals.eval_schema import EvalRow
 from infer_patch.evals.generation import BatchTrace, Trace, generate
 from infer_patch.evals.loading import open_images
 from infer_patch.evals.needle import check_context, check_distinct, from_random_paragraph, read_texts
 from infer_patch.evals.pope_scenes import PopeScenes
 from infer_patch.evals.prompts import Prompt, tokens_from
-from infer_patch.evals.schema import EvalRow
 from infer_patch.evals.task import Batch, Item, Scored, Task
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from infer_patch.errors import PatchError
+from infer_patch.evals.eval_schema import EvalSample, EvalSummary
 from infer_patch.evals.results import ResultFolder, file_name, write_json, write_text
-from infer_patch.evals.schema import EvalSample, EvalSummary, Manifest
+from infer_patch.evals.schema import Manifest
 from infer_patch.evals.shards import Shard
 from infer_patch.plan import Plan
 

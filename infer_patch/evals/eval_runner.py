@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from infer_patch.api import patch
-from infer_patch.evals.compare import Progress
 from infer_patch.evals.cost import rotated
 from infer_patch.evals.drift import other_backend
+from infer_patch.evals.eval_schema import EvalSample
 from infer_patch.evals.kept_tokens import example_items
 from infer_patch.evals.prompts import encode, prompt_hash
 from infer_patch.evals.question_last import question_tokens
 from infer_patch.evals.results import plain
-from infer_patch.evals.schema import EvalSample
 from infer_patch.evals.shards import Shard
 from infer_patch.evals.summary import OTHER_BACKEND, UNPATCHED
 from infer_patch.evals.task import Batch, Item, Task
 from infer_patch.plan import Plan
+from infer_patch.progress import Progress
 from infer_patch.stats import Report
 
 

@@ -6,15 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infer_patch.evals.cost import interval
-from infer_patch.evals.schema import (
-    SCHEMA,
-    EvalCost,
-    EvalRow,
-    EvalSample,
-    EvalSummary,
-    Interval,
-    PairedDifference,
-)
+from infer_patch.evals.eval_schema import EvalCost, EvalRow, EvalSample, EvalSummary, PairedDifference
+from infer_patch.evals.schema import SCHEMA, Interval
 from infer_patch.evals.statistics import paired
 from infer_patch.evals.summary import OTHER_BACKEND, REPEATED, UNPATCHED, effects, in_a_line
 from infer_patch.evals.task import Scored, Task

@@ -15,16 +15,17 @@ from typing import Any
 
 from infer_patch.availability import require
 from infer_patch.errors import PatchError
-from infer_patch.evals.compare import Progress, checked, model_facts
+from infer_patch.evals.compare import checked, model_facts
 from infer_patch.evals.drift import why_no_other_backend
 from infer_patch.evals.eval_folder import EvalFolder
 from infer_patch.evals.eval_runner import Runner
+from infer_patch.evals.eval_schema import EvalSample, EvalSummary
 from infer_patch.evals.eval_summary import summarise_eval
 from infer_patch.evals.kept_tokens import draw_examples
 from infer_patch.evals.prompts import encode
 from infer_patch.evals.question_last import feeds_question_last
 from infer_patch.evals.results import git_commit, plain
-from infer_patch.evals.schema import SCHEMA, EvalSample, EvalSummary, Manifest
+from infer_patch.evals.schema import SCHEMA, Manifest
 from infer_patch.evals.shards import Shard
 from infer_patch.evals.summary import OTHER_BACKEND, REPEATED
 from infer_patch.evals.task import Item, Task
@@ -32,6 +33,7 @@ from infer_patch.keep_schedule import RANDOM, ScheduledPruning
 from infer_patch.machine import machine
 from infer_patch.method import Method
 from infer_patch.plan import Plan, PlanLike
+from infer_patch.progress import Progress
 from infer_patch.pruning import LayerPruning
 
 

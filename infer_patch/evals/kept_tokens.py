@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from infer_patch.evals.eval_schema import EvalSample, Example, KeptTokens
 from infer_patch.evals.prompts import encode
 from infer_patch.evals.results import file_name
-from infer_patch.evals.schema import EvalSample, Example, KeptTokens
 from infer_patch.evals.task import Item
 from infer_patch.report.token_pictures import darkened, encoded, fitted, layer_colours
 from infer_patch.visual_grid import picture_grids

@@ -13,12 +13,8 @@ one, for example) can show a loss at all, such plans are asked after the picture
 
 from __future__ import annotations
 
-import gzip
 import io
-import json
-import random
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,69 +22,22 @@ from typing import Any, ClassVar
 
 from infer_patch.availability import require
 from infer_patch.errors import PatchError
+from infer_patch.evals.pope_questions import (
+    SPLITS,
+    Pair,
+    checked_question,
+    draw_pictures,
+    picture_names,
+    read_questions,
+    unique_pairs,
+)
 from infer_patch.evals.pope_scores import binary_metrics, exact, official, parsed, strict
 from infer_patch.evals.prompts import Prompt
 from infer_patch.evals.task import Item, Scored, Task
 
-SPLITS = ("random", "popular", "adversarial")
 SUFFIX = "\nAnswer the question using a single word or phrase."
 _BINARY = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 _HUB_COLUMNS = ("category", "question", "answer", "image_source")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row of a split; `image` is the name of a picture and `label` is "yes" or "no"."""
-
-    split: str
-    image: str
-    text: str
-    label: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A picture and a question, and how many rows of each split they stand in."""
-
-    image: str
-    text: str
-    label: str
-    splits: Mapping[str, int]
-
-
-def read_questions(path: str | Path) -> list[Question]:
-    """Read an official file: JSON lines with `image`, `text` and `label`, as .json or .json.gz.
-
-    The split is the one of `SPLITS` that the file name holds ("coco_pope_random.json"), or else the bare name.
-    """
-    path = Path(path)
-    bare = path.name.split(".")[0]
-    split = next((known for known in SPLITS if known in bare.lower()), bare)
-    try:
-        data = path.read_bytes()
-        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise PatchError(f"{path} could not be read ({error}); expected a POPE file, .json or .json.gz.") from error
-    questions = [_question(line, split, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
-        raise PatchError(f"{path} holds no questions; expected one JSON object a line.")
-    return questions
-
-
-def unique_pairs(questions: Iterable[Question]) -> list[Pair]:
-    """Each pair of picture and question once, the pairs of one picture together, in order of appearance."""
-    pictures: dict[str, dict[str, Pair]] = {}
-    for asked in questions:
-        pairs = pictures.setdefault(asked.image, {})
-        splits = dict(pairs[asked.text].splits) if asked.text in pairs else {}
-        if splits and pairs[asked.text].label != asked.label:
-            raise PatchError(
-                f'"{asked.text}" about {asked.image} has the label "{pairs[asked.text].label}" in '
-                f'{", ".join(splits)} and "{asked.label}" in {asked.split}; use files of one release.'
-            )
-        splits[asked.split] = splits.get(asked.split, 0) + 1
-        pairs[asked.text] = Pair(asked.image, asked.text, asked.label, splits)
-    return [pair for pairs in pictures.values() for pair in pairs.values()]
 
 
 class PopeTask(Task):
@@ -163,12 +112,13 @@ class Pope(PopeTask):
         splits = [table[0].split for table in tables]
         if not splits or len(set(splits)) < len(splits):
             raise PatchError(f"the files hold the splits {splits or 'of no file'}; give one file per split.")
-        pairs = _drawn(unique_pairs(row for table in tables for row in table), self.limit_images, self.seed)
+        pairs = draw_pictures(unique_pairs(row for table in tables for row in table), self.limit_images, self.seed)
         folder = Path(self.images)
-        missing = [name for name in _names(pairs) if not (folder / name).is_file()]
+        names = picture_names(pairs)
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise PatchError(
-                f"{len(missing)} of {len(_names(pairs))} pictures are not in {folder}, the first is {missing[0]}; "
+                f"{len(missing)} of {len(names)} pictures are not in {folder}, the first is {missing[0]}; "
                 "COCO's are in http://images.cocodataset.org/zips/val2014.zip."
             )
         return make_items(pairs, _opened(pairs, lambda name: (folder / name).read_bytes()), self.suffix)
@@ -211,10 +161,10 @@ class PopeHub(PopeTask):
             raise PatchError(f"{self.dataset} lacks the columns {lacking}; it has {table.column_names}.")
         columns = [list(table[name]) for name in _HUB_COLUMNS]
         questions = [
-            _checked(split, image, text, label, f"{self.dataset}, row {row}")
+            checked_question(split, image, text, label, f"{self.dataset}, row {row}")
             for row, (split, text, label, image) in enumerate(zip(*columns))
         ]
-        pairs = _drawn(unique_pairs(questions), self.limit_images, self.seed)
+        pairs = draw_pictures(unique_pairs(questions), self.limit_images, self.seed)
         rows = {question.image: row for row, question in enumerate(questions)}
         encoded = table.cast_column("image", datasets.Image(decode=False))
 
@@ -248,42 +198,6 @@ def make_items(pairs: Sequence[Pair], pictures: Mapping[str, Any], suffix: str) 
     ]
 
 
-def _question(line: str, split: str, where: str) -> Question:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise PatchError(f"{where}: not JSON ({error}); expected one JSON object a line.") from error
-    lacking = [key for key in ("image", "text", "label") if not isinstance(row, dict) or key not in row]
-    if lacking:
-        raise PatchError(f"{where}: {', '.join(lacking)} missing; expected an object with image, text and label.")
-    return _checked(split, row["image"], row["text"], row["label"], where)
-
-
-def _checked(split: Any, image: Any, text: Any, label: Any, where: str) -> Question:
-    for name, value in {"split": split, "image": image, "text": text}.items():
-        if not isinstance(value, str) or not value.strip():
-            raise PatchError(f"{where}: {name} is {value!r}; expected a text.")
-    answer = label.strip().lower() if isinstance(label, str) else label
-    if answer not in ("yes", "no"):
-        raise PatchError(f'{where}: the label is {label!r}; expected "yes" or "no".')
-    return Question(split, image, text, answer)
-
-
-def _names(pairs: Sequence[Pair]) -> list[str]:
-    return list(dict.fromkeys(pair.image for pair in pairs))
-
-
-def _drawn(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
-    """The pairs of `limit` pictures, of all if there are no more; the draw does not depend on the order of rows."""
-    if limit is not None and limit < 1:
-        raise PatchError(f"limit_images is a number of pictures from 1 on, got {limit}; leave it out to ask about all.")
-    names = sorted(_names(pairs))
-    if limit is None or limit >= len(names):
-        return pairs
-    kept = set(random.Random(f"pope {seed}").sample(names, limit))
-    return [pair for pair in pairs if pair.image in kept]
-
-
 def _opened(pairs: Sequence[Pair], read: Callable[[str], bytes]) -> dict[str, Any]:
     """A PIL image per picture, over its encoded bytes: no file stays open, and pixels are decoded at first use.
 
@@ -292,7 +206,7 @@ def _opened(pairs: Sequence[Pair], read: Callable[[str], bytes]) -> dict[str, An
     from PIL import Image
 
     pictures = {}
-    for name in _names(pairs):
+    for name in picture_names(pairs):
         try:
             pictures[name] = Image.open(io.BytesIO(read(name)))
         except OSError as error:

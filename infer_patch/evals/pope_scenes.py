@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from infer_patch.errors import PatchError
-from infer_patch.evals.pope import PopeTask, Question, check_pictures, make_items, unique_pairs
+from infer_patch.evals.pope import PopeTask, check_pictures, make_items
+from infer_patch.evals.pope_questions import Question, unique_pairs
 from infer_patch.evals.scenes import COLORS, SHAPES, Scene, make_scene
 from infer_patch.evals.task import Item
 

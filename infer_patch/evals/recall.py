@@ -30,13 +30,13 @@ from infer_patch.kernels.hidden_keys import HiddenKeys
 from infer_patch.kernels.subset_attention import TokenSubset
 from infer_patch.method import Method, Runtime
 from infer_patch.plan import Plan
+from infer_patch.progress import Progress
 from infer_patch.run import AttentionCall
 from infer_patch.selection import plain_attention_layers
 
 ORACLE, RANDOM = "oracle", "random"
 
 Row = tuple[str, int]  # plan, budget
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

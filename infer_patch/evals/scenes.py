@@ -8,15 +8,14 @@ pictures of 3 to 7, and says no to 99 % of the absent ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from infer_patch.availability import require
 from infer_patch.errors import PatchError
+from infer_patch.evals.scene_painting import cover, texture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,7 +52,6 @@ _RGB = {
 _RADIUS = (7.5, 13.5)
 _UPRIGHT = ("heart", "bolt")  # turned by at most 0.6 rad
 _CELLS = {"free": 1, "mosaic2": 2, "mosaic4": 4}
-_SUPERSAMPLING = 3
 _LEAST_COVER = 0.12
 _PLACES, _APPEARANCE, _BACKGROUND = 1, 2, 3  # streams of random numbers of one scene
 
@@ -130,10 +128,10 @@ class Scene:
         canvas = _background(self.seed, self.layout)
         for index, thing in enumerate(self.things):
             rng = _rng(self.seed, self.layout, _APPEARANCE, index)
-            rows, columns, cover = _cover(thing)
+            rows, columns, share = cover(thing, SIZE)
             color = (np.array(_RGB[thing.color]) + rng.uniform(-14, 14, 3)) * rng.uniform(0.88, 1.03)
-            paint = color + rng.normal(0, 5, (*cover.shape, 1))
-            canvas[rows, columns] += cover[..., None] * (paint - canvas[rows, columns])
+            paint = color + rng.normal(0, 5, (*share.shape, 1))
+            canvas[rows, columns] += share[..., None] * (paint - canvas[rows, columns])
         return np.rint(canvas.clip(0, 255)).astype(np.uint8)
 
     def labels(self) -> PatchLabels:
@@ -142,9 +140,9 @@ class Scene:
         covers = np.zeros((len(self.things) + 1, SIZE, SIZE))
         center = np.zeros((side, side), dtype=bool)
         for index, thing in enumerate(self.things):
-            rows, columns, cover = _cover(thing)
-            covers[:index, rows, columns] *= 1 - cover
-            covers[index, rows, columns] = cover
+            rows, columns, share = cover(thing, SIZE)
+            covers[:index, rows, columns] *= 1 - share
+            covers[index, rows, columns] = share
             center[int(thing.y) // PATCH, int(thing.x) // PATCH] = True
         shares = covers.reshape(-1, side, PATCH, side, PATCH).mean(axis=(2, 4))
         best = shares.argmax(axis=0)
@@ -233,97 +231,8 @@ def _background(seed: int, layout: str) -> np.ndarray:
     canvas = np.empty((SIZE, SIZE, 3))
     for cell in range(cells * cells):
         row, column = cell // cells * side, cell % cells * side
-        canvas[row : row + side, column : column + side] = _texture(_rng(seed, layout, _BACKGROUND, cell), side)
+        canvas[row : row + side, column : column + side] = texture(_rng(seed, layout, _BACKGROUND, cell), side)
     for border in range(side, SIZE, side):
         canvas[border - 1 : border + 1] = 12
         canvas[:, border - 1 : border + 1] = 12
     return canvas
-
-
-def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Grey with a tint, a smooth field, sometimes stripes, and noise; shape (side, side, 3)."""
-    level = rng.uniform(25, 125) + rng.uniform(-14, 14, 3)
-    knots = int(rng.integers(3, 8))
-    spread = _cubic_weights(knots, side)
-    light = rng.uniform(4, 22) * (spread @ rng.uniform(-1, 1, (knots, knots)) @ spread.T)
-    if rng.random() < 0.35:
-        amplitude, angle, period, phase = rng.uniform((3, 0, 4, 0), (9, np.pi, 24, 2 * np.pi))
-        y, x = np.mgrid[:side, :side]
-        light += amplitude * np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period + phase)
-    light += rng.normal(0, rng.uniform(2, 9), (side, side))
-    return level + light[..., None] + rng.normal(0, 2, (side, side, 3))
-
-
-@cache
-def _cubic_weights(knots: int, side: int) -> np.ndarray:
-    """Weights of bicubic enlargement along one axis, shape (side, knots); rows sum to 1."""
-    at = (np.arange(side) + 0.5) * knots / side - 0.5
-    d = np.abs(at[:, None] - np.arange(knots))
-    weights = np.where(d < 1, 1.5 * d**3 - 2.5 * d**2 + 1, np.where(d < 2, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2, 0))
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
-def _cover(thing: Thing) -> tuple[slice, slice, np.ndarray]:
-    """The box of pixels around an object, and the share of each of them that it covers (from 3x3 samples)."""
-    reach = 1.1 * thing.radius
-    box = []
-    for middle in (thing.y, thing.x):
-        box.append(slice(max(int(middle - reach), 0), min(int(middle + reach) + 2, SIZE)))
-    rows, columns = box
-    n = _SUPERSAMPLING
-    dy = (np.arange(rows.start * n, rows.stop * n) + 0.5)[:, None] / n - thing.y
-    dx = (np.arange(columns.start * n, columns.stop * n) + 0.5)[None, :] / n - thing.x
-    sine, cosine = np.sin(thing.rotation), np.cos(thing.rotation)
-    u, v = (cosine * dx + sine * dy) / thing.radius, (cosine * dy - sine * dx) / thing.radius
-    inside = _OUTLINES[thing.shape](u, v)
-    cover = inside.reshape(rows.stop - rows.start, n, columns.stop - columns.start, n).mean(axis=(1, 3))
-    return rows, columns, cover
-
-
-def _disc(u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    return u * u + v * v <= radius * radius
-
-
-def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    return (np.abs(u) <= half_width) & (np.abs(v) <= half_height)
-
-
-def _polygon(corners: list[tuple[float, float]]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Test by the even-odd rule."""
-
-    def inside(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        result = np.zeros(u.shape, dtype=bool)
-        for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
-            if y0 != y1:
-                result ^= ((y0 > v) != (y1 > v)) & (u < (x1 - x0) * (v - y0) / (y1 - y0) + x0)
-        return result
-
-    return inside
-
-
-def _spokes(*radii: float) -> list[tuple[float, float]]:
-    """Corners at equal angles, clockwise from the top."""
-    angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
-    return [(float(r * np.sin(a)), float(-r * np.cos(a))) for r, a in zip(radii, angles)]
-
-
-_ARROW = [(-0.28, 1.0), (-0.28, -0.1), (-0.8, -0.1), (0.0, -1.0), (0.8, -0.1), (0.28, -0.1), (0.28, 1.0)]
-_BOLT = [(0.25, -1.0), (-0.6, 0.15), (-0.08, 0.15), (-0.25, 1.0), (0.6, -0.2), (0.08, -0.2)]
-
-_HEART_TIP = _polygon([(-0.9, -0.15), (0.9, -0.15), (0.0, 0.95)])
-
-# Tests whether points lie inside, in units of the radius: u to the right, v downwards.
-_OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": lambda u, v: _disc(u, v, 0.95),
-    "square": lambda u, v: _box(u, v, 0.75, 0.75),
-    "triangle": _polygon(_spokes(1.05, 1.05, 1.05)),
-    "star": _polygon(_spokes(*[1.05, 0.42] * 5)),
-    "cross": lambda u, v: _box(u, v, 1.0, 0.33) | _box(u, v, 0.33, 1.0),
-    "heart": lambda u, v: _disc(np.abs(u) - 0.45, v + 0.35, 0.5) | _HEART_TIP(u, v),
-    "ring": lambda u, v: _disc(u, v, 0.96) & ~_disc(u, v, 0.55),
-    "moon": lambda u, v: _disc(u, v, 1.0) & ~_disc(u - 0.5, v, 0.78),
-    "arrow": _polygon(_ARROW),
-    "bar": lambda u, v: _box(u, v, 1.0, 0.3),
-    "frame": lambda u, v: _box(u, v, 0.74, 0.74) & ~_box(u, v, 0.41, 0.41),
-    "bolt": _polygon(_BOLT),
-}

@@ -22,7 +22,8 @@ from infer_patch.plan import Plan
 from infer_patch.stats import Report
 
 if TYPE_CHECKING:
-    from infer_patch.evals.compare import Progress, Settings
+    from infer_patch.evals.compare import Settings
+    from infer_patch.progress import Progress
 
 
 @dataclass(frozen=True)

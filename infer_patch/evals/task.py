@@ -11,7 +11,7 @@ from infer_patch.evals.generation import BatchTrace, collate, generate_batch
 from infer_patch.evals.prompts import Prompt
 
 if TYPE_CHECKING:
-    from infer_patch.evals.schema import EvalRow
+    from infer_patch.evals.eval_schema import EvalRow
 
 
 @dataclass(frozen=True)

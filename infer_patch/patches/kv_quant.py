@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from infer_patch.cache import IndexedLayer
-from infer_patch.errors import UnsupportedModelError
-from infer_patch.kernels.kv_pack import BITS, PLAIN
-from infer_patch.kv_policy import Policy
+from infer_patch.kernels.kv_pack import PLAIN
+from infer_patch.kv_policy import Policy, packable_layers, require_bits
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.packed_cache import PackedLayer
 from infer_patch.packed_pool import ROWS
-from infer_patch.selection import plain_attention_layers
-
-_WIDTHS = (*BITS, PLAIN)
 
 
 @register("kv_quant")
@@ -82,17 +78,7 @@ class KVQuant(Method):
     summary = "KV cache in 8, 4 or 2 bits, important tokens in more, read in packed form"
 
     def validate(self) -> None:
-        for name in ("bits", "other_bits"):
-            given = getattr(self, name)
-            self.require(given in _WIDTHS, f"{name} must be one of {sorted(_WIDTHS)}, got {given}")
-        self.require(
-            self.value_bits is None or self.value_bits in BITS,
-            f"value_bits must be one of {sorted(BITS)}, or None for those of keys, got {self.value_bits}",
-        )
-        self.require(
-            self.bits >= self.other_bits or self.important == 1,
-            f"important tokens need at least the bits of others, got bits={self.bits}, other_bits={self.other_bits}",
-        )
+        require_bits(self, self.bits, self.other_bits, self.value_bits, mixed=self.important != 1)
         self.require(0 <= self.important <= 1, f"important must be a share from 0 to 1, got {self.important}")
         for name in ("full_layers", "sinks", "recent", "recent_probes", "random_probes"):
             self.require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -124,14 +110,7 @@ class KVQuant(Method):
         return self.policy(self.full_layers).packs
 
     def applicable_layers(self, parts: Any) -> tuple[int, ...]:
-        layers = plain_attention_layers(self.name, parts)
-        planes = 8 // min(8, self.value_bits or 8, *self.policy(self.full_layers).widths)
-        if parts.head_dim % planes:
-            raise UnsupportedModelError(
-                f"{self.name}: {parts.model_type} has heads of {parts.head_dim} numbers, which do not fill whole bytes "
-                f"of {planes} numbers each. Use more bits."
-            )
-        return layers
+        return packable_layers(self.name, parts, self.policy(self.full_layers))
 
     def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
         return _KVQuant(self, parts, layers)

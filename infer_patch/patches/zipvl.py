@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from infer_patch.cache import IndexedLayer
-from infer_patch.errors import UnsupportedModelError
-from infer_patch.kernels.kv_pack import BITS, PLAIN
 from infer_patch.kernels.probe_scores import probe_scores, probes_that_see
 from infer_patch.kernels.subset_attention import TokenSubset
-from infer_patch.kv_policy import Policy, probe_rows
+from infer_patch.kv_policy import Policy, packable_layers, probe_rows, require_bits
 from infer_patch.method import Method, Runtime, option, register
 from infer_patch.packed_cache import PackedLayer
 from infer_patch.packed_pool import ROWS
-from infer_patch.selection import plain_attention_layers
-
-_WIDTHS = (*BITS, PLAIN)
 
 
 @register("zipvl")
@@ -88,13 +83,7 @@ class ZipVL(Method):
 
     def validate(self) -> None:
         self.require(self.tau > 0, f"tau must be above 0, got {self.tau}")
-        for name in ("bits", "other_bits"):
-            given = getattr(self, name)
-            self.require(given in _WIDTHS, f"{name} must be one of {sorted(_WIDTHS)}, got {given}")
-        self.require(
-            self.bits >= self.other_bits or self.unimportant == "evict",
-            f"important tokens need at least the bits of others, got bits={self.bits}, other_bits={self.other_bits}",
-        )
+        require_bits(self, self.bits, self.other_bits, mixed=self.unimportant != "evict")
         for name, choices in (
             ("unimportant", ("quantise", "evict")),
             ("skipped_rows", ("zero", "attend")),
@@ -137,14 +126,7 @@ class ZipVL(Method):
         )
 
     def applicable_layers(self, parts: Any) -> tuple[int, ...]:
-        layers = plain_attention_layers(self.name, parts)
-        planes = 8 // min(8, *self.policy().widths)
-        if parts.head_dim % planes:
-            raise UnsupportedModelError(
-                f"{self.name}: {parts.model_type} has heads of {parts.head_dim} numbers, which do not fill whole bytes "
-                f"of {planes} numbers each. Use more bits."
-            )
-        return layers
+        return packable_layers(self.name, parts, self.policy())
 
     def runtime(self, parts: Any, layers: tuple[int, ...]) -> Runtime:
         return _ZipVL(self, parts, layers)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from infer_patch.errors import PatchError
+from infer_patch.evals.eval_schema import EvalSample, EvalSummary
 from infer_patch.evals.results import read_files, write_text
-from infer_patch.evals.schema import EvalSample, EvalSummary, Manifest
+from infer_patch.evals.schema import Manifest
 from infer_patch.evals.summary import UNPATCHED
 from infer_patch.report import eval_tables
 from infer_patch.report.eval_plots import heat_map, pareto

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from infer_patch.evals.schema import EvalRow, EvalSummary, Interval
+from infer_patch.evals.eval_schema import EvalRow, EvalSummary
+from infer_patch.evals.schema import Interval
 from infer_patch.evals.verdict import megabytes
 from infer_patch.report import formats
+from infer_patch.report.tables import summary_table
 
 NUMBERS = {"nll": 3, "ppl": 2, "rouge1_f": 2, "kl": 4, "kl_p99": 3, "agreed_tokens": 1, "max_logit_gap": 2}
 SHOWN = 3  # metrics beside the headline that fit a terminal
@@ -20,15 +21,7 @@ def eval_table(summary: EvalSummary, width: int = 100) -> Table:
     """A row per run: headline, other metrics over all items, flips, cost. Below 110 columns costs are ratios only."""
     narrow = width < 110
     names = shown_metrics(summary, 0 if narrow else SHOWN)
-    table = Table(
-        title=f"{summary['title']}, {summary['items']:,} items in {summary['groups']:,} groups",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 0, 0, 1),
-    )
-    table.add_column("", overflow="fold")
+    table = summary_table(f"{summary['title']}, {summary['items']:,} items in {summary['groups']:,} groups")
     difference = "points [95 %]" if summary["unit"] == "share" else "nats [95 %]"
     costs = ("first\ntoken", "per\ntoken", "cache")
     for heading in (*(name.replace("_", "\n") for name in names), difference, "lost /\nwon", *costs):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infer_patch.evals.schema import EvalSample, EvalSummary, KeptTokens
+from infer_patch.evals.eval_schema import EvalSample, EvalSummary, KeptTokens
 from infer_patch.evals.summary import UNPATCHED
 from infer_patch.report.token_pictures import Colour, layer_colours
 

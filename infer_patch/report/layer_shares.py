@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from infer_patch.evals.schema import EvalSample
+from infer_patch.evals.eval_schema import EvalSample
 
 _WORDS = 8  # spans of layers that a description lists; beyond, it gives the range
 

@@ -18,6 +18,20 @@ _CUT = 400  # characters of an output
 _STYLES = {"failed": "red", "dense": "cyan", "ok": "green", "reference": "dim"}
 
 
+def summary_table(title: str) -> Table:
+    """An empty table with a column for the names of the runs."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("", overflow="fold")
+    return table
+
+
 def comparison_table(summary: Summary, width: int = 100) -> Table:
     """Unpatched, plans and controls: quality, drift and cost, a row each.
 
@@ -27,15 +41,7 @@ def comparison_table(summary: Summary, width: int = 100) -> Table:
     rows = summary["rows"]
     searched = rows[0]["found"] is not None
     lengths = [cost["prompt_tokens"] for cost in rows[0]["cost"]]
-    table = Table(
-        title=summary["title"],
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 0, 0, 1),
-    )
-    table.add_column("", overflow="fold")
+    table = summary_table(summary["title"])
     for heading in (["found"] if searched else []) + ["same\noutput", "KL per\ntoken", "same\ntop-1"][
         : 2 if narrow else 3
     ]:

@@ -8,6 +8,7 @@ import typer
 
 from infer_patch.cli.bench import attention_options as option
 from infer_patch.cli.bench.attention_run import run
+from infer_patch.cli.common import Device
 
 
 def decode(
@@ -18,7 +19,7 @@ def decode(
     head_dim: option.HeadDim = 64,
     batch: option.Batch = 1,
     dtype: option.Dtype = "auto",
-    device: option.Device = "auto",
+    device: Device = "auto",
     rounds: option.Rounds = 9,
     steps: Annotated[int, typer.Option(help="Consecutive steps timed together, after a first one that is apart.")] = 16,
     with_cache: Annotated[

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from infer_patch.cli.common import check_writable, numbers, repeat_command, save
+from infer_patch.cli.common import Device, Dtype, check_writable, numbers, repeat_command, save
 from infer_patch.cli.compare import progress_bar, quiet
 from infer_patch.errors import PatchError
 
@@ -27,8 +27,8 @@ def overhead(
     rounds: Annotated[
         int, typer.Option(help="Rounds per length; with one plan, multiples of 6 balance the order.")
     ] = 12,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; one is steadier on a busy machine.")] = None,
     clock: Annotated[str, typer.Option(help="wall, or cpu: this process's own time, for a busy machine.")] = "wall",
     out: Annotated[str | None, typer.Option("--json", help="File for the result; - for stdout.")] = None,

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from infer_patch.cli.common import check_writable, repeat_command, save
+from infer_patch.cli.common import Device, Dtype, check_writable, repeat_command, save
 from infer_patch.cli.compare import progress_bar, quiet
 
 
@@ -30,8 +30,8 @@ def recall(
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of generated prose.")] = 1,
     query_blocks: Annotated[int, typer.Option(help="Query blocks of 64 looked at, in the second half.")] = 8,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(help="Of generated prose and of the random lists.")] = 0,
     out: Annotated[str | None, typer.Option("--json", help="File for the result; - for stdout.")] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,17 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
-from infer_patch.cli.common import numbers
+from infer_patch.cli.calibrate.common import WorkFolder, check_out, dumps, work_folder
+from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
 
 @calibrations.command("act")
 def act(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     out: Annotated[Path, typer.Option(help="Head list to write; ACT(heads_file=...) reads it.")],
-    work: Annotated[
-        Path | None, typer.Option(help="Folder for what is measured; the same one again goes on. [OUT without .json]")
-    ] = None,
+    work: WorkFolder = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -38,24 +36,20 @@ def act(
     min_gain: Annotated[float, typer.Option(help="Heads are kept above this mean gain in accuracy.")] = 0.0,
     max_heads: Annotated[int | None, typer.Option(help="Keep the best ones only.")] = None,
     batch: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws the generated questions.")] = 0,
 ) -> None:
     """Try ACT on one head after the other, keep those that answer better, and judge them on held-out questions.
 
     Batches are kept, so an interrupted run goes on where it stopped.
     """
-    from infer_patch.errors import PatchError
-
     console = Console(stderr=True)
-    folder = work or out.with_suffix("")
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
-    if folder.exists() and not folder.is_dir():
-        raise PatchError(f"{folder} is a file; name a folder for what is measured with --work.")
+    check_out(out, ".json")
+    folder = work_folder(work, out)
     with console.status("Loading PyTorch and transformers") as status:
-        from infer_patch.calibration.act import Settings, calibrate
+        from infer_patch.calibration.act import calibrate
+        from infer_patch.calibration.act_settings import Settings
         from infer_patch.calibration.choices import generated, read_questions
         from infer_patch.calibration.hub_questions import hub_questions
         from infer_patch.evals.loading import load
@@ -81,7 +75,7 @@ def act(
     with progress_bar(console) as on_progress, quiet():
         document = calibrate(loaded, processor, asked, settings, folder, held_out, model, on_progress)
     document["seed"] = seed
-    out.write_text(dumps(document), encoding="utf-8")
+    out.write_text(dumps(document, "delta"), encoding="utf-8")
     picture = _picture(document, folder)
     _show(document, Console())
     typer.echo(f"\nHeads    {out}\nMeasured    {folder}")
@@ -89,14 +83,6 @@ def act(
         typer.echo(f"Gain of each head    {picture}")
     if document["heads"]:
         typer.echo(f"\nmethods:\n  - method: act\n    heads_file: {out}")
-
-
-def dumps(document: dict[str, Any]) -> str:
-    """JSON with a line for each layer of the gains."""
-    text = json.dumps({**document, "delta": "@delta"}, indent=1)
-    return (
-        text.replace('"@delta"', "[\n  " + ",\n  ".join(json.dumps(row) for row in document["delta"]) + "\n ]") + "\n"
-    )
 
 
 def _picture(document: dict[str, Any], folder: Path) -> Path | None:
@@ -111,7 +97,14 @@ def _picture(document: dict[str, Any], folder: Path) -> Path | None:
 
 def _show(document: dict[str, Any], console: Console) -> None:
     count = sum(map(len, document["heads"].values()))
-    console.print(f"{count} heads answer better alone.", highlight=False)
+    if not count:
+        console.print(
+            "No head answers better alone: the list is empty and of no use to a plan, and nothing is compared on "
+            "held-out questions. Try more --questions, or other --layers.",
+            highlight=False,
+        )
+    else:
+        console.print(f"{count} {'head answers' if count == 1 else 'heads answer'} better alone.", highlight=False)
     found = document["held_out"]
     if not found:
         return

@@ -10,27 +10,28 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
-from infer_patch.cli.calibrate.schedules import BatchSize, Device, Dtype, Images, Model, QuestionFiles, Seed
+from infer_patch.cli.calibrate import visual_options as option
+from infer_patch.cli.common import Device, Dtype
 from infer_patch.cli.compare import progress_bar, quiet
 
 
 @calibrations.command("dyvte")
 def dyvte(
-    model: Model,
+    model: option.Model,
     out: Annotated[Path, typer.Option(help="Folder to write; the method's `gates` names it.")],
     work: Annotated[
         Path | None, typer.Option(help="Folder for features and labels; the same one again goes on. [OUT.work]")
     ] = None,
-    questions: QuestionFiles = None,
-    images: Images = None,
+    questions: option.QuestionFiles = None,
+    images: option.Images = None,
     pictures: Annotated[int, typer.Option(help="Pictures to fit on, about 11.5 questions each.", min=1)] = 40,
     held_out: Annotated[int, typer.Option(help="Other pictures, that gates are judged on.", min=1)] = 12,
     hidden: Annotated[int, typer.Option(help="Width of a gate; the paper's is 2048.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps of fitting a gate.")] = 60,
-    batch_size: BatchSize = 8,
+    batch_size: option.BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: option.Seed = 0,
 ) -> None:
     """Fit a gate for every layer, on runs whose visual tokens leave there against full runs.
 

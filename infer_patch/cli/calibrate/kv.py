@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
-from infer_patch.cli.common import numbers
+from infer_patch.cli.calibrate.common import check_out
+from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
 
 @calibrations.command("kv")
 def kv(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     out: Annotated[Path, typer.Option(help="Plan to write (.yaml); the measurements go beside it (.json).")],
     max_drift: Annotated[
         float | None, typer.Option(help="The most mean KL divergence, in nats; the cache is then the smallest. [0.01]")
@@ -30,16 +31,13 @@ def kv(
     items: Annotated[int, typer.Option(help="Texts of each length.")] = 2,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of the unpatched answer that are compared.")] = 16,
     important: Annotated[float, typer.Option(help="Share of tokens in 4 bits at the width 4/2.")] = 0.4,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws the texts.")] = 0,
 ) -> None:
     """Find how many bits each layer's cache needs: drift per layer and width, and the cheapest policy under a limit."""
-    from infer_patch.errors import PatchError
-
     console = Console(stderr=True)
-    if out.suffix not in (".yaml", ".yml") or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .yaml file in a folder that exists, got {out}.")
+    check_out(out, ".yaml", ".yml")
     sizes = numbers(lengths, "1000,2000")
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.kv import Settings, calibrate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,17 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
-from infer_patch.cli.common import numbers
+from infer_patch.cli.calibrate.common import WorkFolder, check_out, dumps, work_folder
+from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
 
 @calibrations.command("moa")
 def moa(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     out: Annotated[Path, typer.Option(help="Plan file to write; MoA(plan_file=...) reads it.")],
-    work: Annotated[
-        Path | None, typer.Option(help="Folder for what is measured; the same one again goes on. [OUT without .json]")
-    ] = None,
+    work: WorkFolder = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the profiled prompts; the paper took 2048,4096,8192.")] = (
         "512,1024,2048"
     ),
@@ -37,22 +35,17 @@ def moa(
     ] = None,
     validation_items: Annotated[int, typer.Option(help="Prompts there.")] = 4,
     validation_plans: Annotated[int, typer.Option(help="Plans compared at most.")] = 6,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws the prompts.")] = 0,
 ) -> None:
     """Find how far each head must look: a plan of elastic spans at a density, measured on the model's own answers.
 
     Prompts are profiled one by one and kept, so an interrupted run goes on where it stopped.
     """
-    from infer_patch.errors import PatchError
-
     console = Console(stderr=True)
-    folder = work or out.with_suffix("")
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
-    if work is None and folder.exists() and not folder.is_dir():
-        raise PatchError(f"{folder} is a file; name a folder for what is measured with --work.")
+    check_out(out, ".json")
+    folder = work_folder(work, out)
     sizes = numbers(lengths, "512,1024")
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.moa import calibrate
@@ -77,18 +70,9 @@ def moa(
             loaded, processor = load(model, device, dtype, status.update)
     with progress_bar(console) as on_progress, quiet():
         document = calibrate(loaded, processor, settings, folder, model, on_progress)
-    out.write_text(dumps(document), encoding="utf-8")
+    out.write_text(dumps(document, "alphas", "betas"), encoding="utf-8")
     _show(document, Console())
     typer.echo(f"\nPlan    {out}\nMeasured    {folder}\n\nmethods:\n  - method: moa\n    plan_file: {out}")
-
-
-def dumps(document: dict[str, Any]) -> str:
-    """JSON with a line for each layer."""
-    rows = {name: ",\n  ".join(json.dumps(row) for row in document[name]) for name in ("alphas", "betas")}
-    text = json.dumps({name: f"@{name}" if name in rows else value for name, value in document.items()}, indent=1)
-    for name, lines in rows.items():
-        text = text.replace(f'"@{name}"', f"[\n  {lines}\n ]")
-    return text + "\n"
 
 
 def _show(document: dict[str, Any], console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
-from infer_patch.cli.common import numbers
+from infer_patch.cli.calibrate.common import check_out, dumps, work_folder
+from infer_patch.cli.common import Device, Dtype, LanguageModel, numbers
 from infer_patch.cli.compare import progress_bar, quiet
 
 _SHOWN = 10
@@ -19,7 +19,7 @@ _SHOWN = 10
 
 @calibrations.command("retrieval-heads")
 def retrieval_heads(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     out: Annotated[Path, typer.Option(help="Score file to write; RetrievalHeads(scores_file=...) reads it.")],
     work: Annotated[
         Path | None, typer.Option(help="Folder for the tests; the same one again goes on. [OUT without .json]")
@@ -33,8 +33,8 @@ def retrieval_heads(
     text: Annotated[Path | None, typer.Option(help="Folder of .txt files for the texts; else generated.")] = None,
     answer_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 50,
     picture: Annotated[Path | None, typer.Option(help="Heat map of the scores: a .png, .svg or .pdf file.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Draws texts, keys and numbers.")] = 0,
 ) -> None:
     """Find the heads that copy: how often each attended most to the very token of the fact that came out.
@@ -45,11 +45,8 @@ def retrieval_heads(
     from infer_patch.report import head_scores_map
 
     console = Console(stderr=True)
-    folder = work or out.with_suffix("")
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
-    if folder.exists() and not folder.is_dir():
-        raise PatchError(f"{folder} is a file; name a folder for the tests with --work.")
+    check_out(out, ".json")
+    folder = work_folder(work, out, "the tests")
     if depths < 1:
         raise PatchError(f"--depths must be 1 or more, got {depths}.")
     if picture is not None:
@@ -65,21 +62,12 @@ def retrieval_heads(
             loaded, processor = load(model, device, dtype, status.update)
     with progress_bar(console) as on_progress, quiet():
         document = calibrate(loaded, processor, settings, folder, model, on_progress)
-    out.write_text(dumps(document), encoding="utf-8")
+    out.write_text(dumps(document, "scores", "mean"), encoding="utf-8")
     if picture is not None:
         head_scores_map.save(document["mean"], picture, "Retrieval heads", "mean share of the fact that was copied")
     _show(document, Console())
     places_of = f"\nScores    {out}\nTests    {folder}" + ("" if picture is None else f"\nPicture    {picture}")
     typer.echo(f"{places_of}\n\nmethods:\n  - {{method: retrieval_heads, scores_file: {out}, top: 10}}")
-
-
-def dumps(document: dict[str, Any]) -> str:
-    """JSON with a line for each head and each layer."""
-    scores = [f"  {json.dumps(head)}: {json.dumps(row)}" for head, row in document["scores"].items()]
-    means = [f"  {json.dumps(row)}" for row in document["mean"]]
-    text = json.dumps(document | {"scores": "@scores", "mean": "@mean"}, indent=1)
-    text = text.replace('"@scores"', "{\n" + ",\n".join(scores) + "\n }")
-    return text.replace('"@mean"', "[\n" + ",\n".join(means) + "\n ]") + "\n"
 
 
 def _show(document: dict[str, Any], console: Console) -> None:

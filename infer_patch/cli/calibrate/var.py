@@ -11,24 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_patch.cli.calibrate import calibrations
+from infer_patch.cli.calibrate.common import check_out
+from infer_patch.cli.common import Device, Dtype, LanguageModel
 from infer_patch.cli.compare import progress_bar, quiet
 
 
 @calibrations.command("var")
 def var(
-    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `demo` for the demo language model.")],
+    model: LanguageModel,
     out: Annotated[Path, typer.Option(help="File to write; VAR(dims_file=...) reads it.")],
     tau: Annotated[float, typer.Option(help="|x_d| / rms(x) above which a dimension counts.")] = 20.0,
     text: Annotated[Path | None, typer.Option(help="A file with one text a line; else six short ones.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: float32 on CPU.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Find the hidden dimensions in which the first token is huge: those of visual sinks, too. Takes seconds."""
-    from infer_patch.errors import PatchError
-
     console = Console(stderr=True)
-    if out.suffix != ".json" or not out.absolute().parent.is_dir():
-        raise PatchError(f"--out must be a .json file in a folder that exists, got {out}.")
+    check_out(out, ".json")
     texts = _lines(text) if text is not None else None
     with console.status("Loading PyTorch and transformers") as status:
         from infer_patch.calibration.var import TEXTS, calibrate
