@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,20 +166,19 @@ def _calibrated(runtime: Runtime, inputs: LayerInputs, output: Tensor, mask: Any
     elif (reason := _not_causal(inputs, mask)) is not None:
         stats.left_alone(name, reason)
         return output
-    corrected = None
+    corrected, device = None, output.device.type
     for call in inputs.calls():
         here = index_of(call.samples)
-        plain = output[here, call.query_rows].transpose(1, 2)
-        if torch.is_autocast_enabled(output.device.type):  # corrections are worked out in float32
-            with torch.autocast(output.device.type, enabled=False):
-                part = runtime.calibrate(layer, call, plain)
-        else:
+        whole = len(call.samples) == output.shape[0] and call.q.shape[2] == output.shape[1]
+        plain = (output if whole else output[here, call.query_rows]).transpose(1, 2)
+        casts = torch.is_autocast_enabled(device)  # corrections are worked out in float32
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
             part = runtime.calibrate(layer, call, plain)
         if isinstance(part, str):
             stats.left_alone(name, part)
             continue
         stats.calibrated(name, layer, call.counts)
-        if part.shape[0] == output.shape[0] and part.shape[2] == output.shape[1]:
+        if whole:
             return part.transpose(1, 2)  # one call holds every sample, without padding
         corrected = output.clone() if corrected is None else corrected
         corrected[here, call.query_rows] = part.transpose(1, 2)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infer_patch.kernels import row_attention as rows_of
-from infer_patch.kernels.calibrated_attention import LARGEST_FACTOR, lower_columns
+from infer_patch.kernels.calibrated_attention import LARGEST_FACTOR, lowered_probabilities
 from infer_patch.kernels.sink_candidates import SinkCandidates, SinkRule
 
 if TYPE_CHECKING:
@@ -94,11 +94,14 @@ class ColumnSums(NamedTuple):
         sums = F.pad(self.sums, (0, count)) + (z - lse[..., None]).exp().sum(1)
         return self._replace(sums=sums, candidates=None)
 
-    def with_candidates(self, k: Tensor, v: Tensor, kv: tuple[int, ...], scale: float, threshold: float) -> ColumnSums:
-        """Ready for one more row: with candidates of its own. k, v [H_kv, rows or more, D]."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are candidates for one more row, and they are this sample's."""
         found = self.candidates
-        if found is not None and found.rows == self.rows and not found.is_used_up:
-            return self
+        return found is not None and found.rows == self.rows and not found.is_used_up
+
+    def with_candidates(self, k: Tensor, v: Tensor, kv: tuple[int, ...], scale: float, threshold: float) -> ColumnSums:
+        """With candidates chosen anew. k, v [H_kv, rows or more, D]."""
         settled = self.settled(k[:, : self.rows], kv, scale)
         return settled._replace(candidates=SinkCandidates(settled.sums, k, v, kv, threshold))
 
@@ -152,26 +155,31 @@ def lower_newest_row(
     each. numpy throughout: every small operation counts.
     """
     q, k, v, scale, chosen = call.q, call.k, call.v, call.scale, list(heads)
-    lse = rows_of.row_lse(q[:, chosen], k, kv, scale) if call.lse is None else call.lse[:, chosen]
     corrected = output.to(torch.float32, copy=True)
-    new, queries, lses = corrected.numpy(), q.float().numpy(), lse.numpy()[..., 0]
+    new, queries = corrected.numpy(), q.float().numpy()
+    if call.lse is None:
+        lses = rows_of.row_lse(q[:, chosen], k, kv, scale).numpy()[..., 0]
+    else:
+        lses = call.lse.numpy()[:, chosen, 0]
     own_k, own_v = (x[:, :, -1].float().numpy() for x in (k, v))
     limit, count, kept = LARGEST_FACTOR.get(output.dtype, 4.0), 0, []
     for i, held in enumerate(known):
-        held = held.with_candidates(k[i], v[i], kv, scale, threshold)
+        if not held.is_ready:
+            held = held.with_candidates(k[i], v[i], kv, scale, threshold)
         row, query, own_lse = new[i, chosen, 0], queries[i, chosen, 0], lses[i]
         candidates = cast(SinkCandidates, held.candidates)
-        changed, largest = candidates.lowered_row(
-            row, scale * query, own_k[i, kv], own_v[i, kv], own_lse, threshold, rule
-        )
-        if largest > limit:  # nearly everything is on listed keys: not from the plain output
-            here, listed = slice(i, i + 1), candidates.listed()[None]
-            tensors = output[here, chosen], q[here, chosen], k[here], v[here]
-            afresh, rows = lower_columns(*tensors, kv, listed, rule.beta, scale)
-            changed, row = int(rows.sum()), afresh[0, :, 0].float().numpy()
-        if changed:
+        factors = candidates.lowered_row(row, scale * query, own_k[i, kv], own_v[i, kv], own_lse, threshold, rule)
+        if factors.max() > 1:
             new[i, chosen, 0] = row
-        count += changed
+        count += int((factors > 1).sum())
+        for head in (
+            (factors > limit).nonzero()[0].tolist()
+        ):  # nearly everything is on listed keys: not from the plain output
+            here = (i, chosen[head])
+            z = scale * (k[i, kv[head]].float() @ q[here][0].float()) - lses[i, head].item()
+            a, changed = lowered_probabilities(z.exp()[None], candidates.listed(head), rule.beta)
+            corrected[here] = a @ v[i, kv[head]].float() if changed else output[here].float()
+            count -= int(not changed)
         recent = torch.from_numpy(query)[:, None], torch.from_numpy(own_lse)[:, None]
         kept.append(held.with_rows(*recent, held.sums, candidates))
     return LoweredRow(corrected.to(output.dtype), count, kept)

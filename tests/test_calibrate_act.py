@@ -147,5 +147,5 @@ def test_the_command(folder, tmp_path):
     assert done.exit_code == 0, done.output
     document = json.loads(out.read_text())
     assert document["layers"] == [1] and document["seed"] == 0
-    assert "heads answer better alone" in done.output
+    assert "better alone" in done.output
     assert (tmp_path / "heads" / "gain.png").stat().st_size > 1000

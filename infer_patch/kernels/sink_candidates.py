@@ -53,7 +53,7 @@ class SinkCandidates:
 
     def __init__(self, sums: Tensor, k: Tensor, v: Tensor, kv: tuple[int, ...], threshold: float):
         heads, self.rows = sums.shape
-        self._heads, self._sinks = np.arange(heads), np.zeros((heads, 0), bool)
+        self._heads, self._ones, self._sinks = np.arange(heads), np.ones(heads), np.zeros((heads, 0), bool)
         received, seen = sums.numpy(), np.arange(self.rows, 0, -1)
         columns = np.flatnonzero((received + ROWS > threshold * seen).any(0))
         self.count, room = len(columns), len(columns) + ROWS
@@ -83,7 +83,7 @@ class SinkCandidates:
         lse: np.ndarray,
         threshold: float,
         rule: SinkRule,
-    ) -> tuple[int, float]:
+    ) -> np.ndarray:
         """Take in one more row and its key, and correct the row in place.
 
         Parameters
@@ -96,8 +96,8 @@ class SinkCandidates:
 
         Returns
         -------
-        How many heads changed, and the largest factor c: the plain output may be too coarse to be multiplied by a large
-        one (`LARGEST_FACTOR`). `listed` names the keys, to compute such rows afresh.
+        The factors c [h], 1 where nothing changed. The plain output may be too coarse to be multiplied by a large one
+        (`LARGEST_FACTOR`); `listed` names the keys, to compute such a row afresh.
         """
         n = self.count
         self.columns[n], self.keys[:, n], self.values[:, n] = self.rows, k, v
@@ -115,17 +115,17 @@ class SinkCandidates:
         else:
             sinks[self._heads, sinks.argmax(1)] = False
         if not sinks.any():
-            return 0, 1.0
+            return self._ones
         a *= sinks
         mass = a.sum(1)
         c = 1 + (1 - rule.beta) * mass / np.maximum(1 - mass, EPSILON)
         part = (a[:, None] @ self.values[:, :n])[:, 0]
         output *= c[:, None]
         output += (rule.beta - c)[:, None] * part
-        return int(np.count_nonzero(mass)), float(c.max())
+        return np.asarray(c)
 
-    def listed(self) -> Tensor:
-        """The keys that the last row lowered: bool [h, S]."""
-        marked = torch.zeros(len(self.sums), self.rows, dtype=torch.bool)
-        marked[:, torch.from_numpy(self.columns[: self.count])] = torch.from_numpy(self._sinks)
+    def listed(self, head: int) -> Tensor:
+        """The keys that the last row of a head lowered: bool [S]."""
+        marked = torch.zeros(self.rows, dtype=torch.bool)
+        marked[torch.from_numpy(self.columns[: self.count][self._sinks[head]])] = True
         return marked
