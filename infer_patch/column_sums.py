@@ -172,10 +172,8 @@ def lower_newest_row(
         if factors.max() > 1:
             new[i, chosen, 0] = row
         count += int((factors > 1).sum())
-        for head in (
-            (factors > limit).nonzero()[0].tolist()
-        ):  # nearly everything is on listed keys: not from the plain output
-            here = (i, chosen[head])
+        for head in (factors > limit).nonzero()[0].tolist():  # nearly all is on listed keys: not from the plain output
+            here = i, chosen[head]
             z = scale * (k[i, kv[head]].float() @ q[here][0].float()) - lses[i, head].item()
             a, changed = lowered_probabilities(z.exp()[None], candidates.listed(head), rule.beta)
             corrected[here] = a @ v[i, kv[head]].float() if changed else output[here].float()
