@@ -238,9 +238,9 @@ class _VAR(Runtime):
         heads = call.q.shape[1]
         kv = key_heads(heads, call.k.shape[1])
         new, chosen = output.clone(), torch.zeros(output.shape[:3], dtype=torch.bool, device=output.device)
-        for here, a in edited_rows(call.q, call.k, range(heads), kv, call.scale, call.edits):
-            if not bool(asked[:, here].any()):
-                continue
+        some = asked.any(0).nonzero()
+        first = int(some[0]) if len(some) else output.shape[2]  # rows before it are asked of no sample
+        for here, a in edited_rows(call.q, call.k, range(heads), kv, call.scale, call.edits, first):
             seen = slice(a.shape[-1])
             moved, rows = reference_shifted(a, sinks[:, seen], visual[:, seen], asked[:, here], self.rule)
             chosen[:, :, here] = rows
